@@ -1,0 +1,50 @@
+"""A checkpoint applied to HU volumes: denoise, classify. What the study, predict.py and the app share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoints
+from dataset import to_tensor
+
+PIXELS_AT_ONCE = 2**20  # 16 slices of 256 x 256: a few hundred MB of activations in the U-Net
+
+
+def _batches(volume: np.ndarray) -> range:
+    return range(0, len(volume), max(1, PIXELS_AT_ONCE // (volume.shape[1] * volume.shape[2])))
+
+
+@torch.inference_mode()
+def denoise(model: nn.Module, volume: np.ndarray) -> np.ndarray:
+    """Denoise a volume slice by slice. volume: (S, H, W) HU. Returns (S, H, W) float32 HU."""
+    device = next(model.parameters()).device
+    out = np.empty(volume.shape, np.float32)
+    starts = _batches(volume)
+    for start in starts:
+        batch = to_tensor(volume[start : start + starts.step], device)
+        out[start : start + len(batch)] = model(batch)[:, 0].cpu().numpy()
+    return out
+
+
+@torch.inference_mode()
+def classify(model: nn.Module, volume: np.ndarray) -> np.ndarray:
+    """Probabilities of every slice. volume: (S, H, W) HU at the training size. Returns (S, classes)."""
+    device = next(model.parameters()).device
+    starts = _batches(volume)
+    parts = [
+        torch.sigmoid(model(to_tensor(volume[start : start + starts.step], device))).cpu().numpy()
+        for start in starts
+    ]
+    return np.concatenate(parts)
+
+
+def load_denoiser(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """A denoiser checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
+    return checkpoints.load_network(path, "denoiser", device)
+
+
+def load_classifier(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """A classifier checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
+    return checkpoints.load_network(path, "classifier", device)

@@ -1,0 +1,165 @@
+"""Stage 7: denoise and read a new scan.
+
+Reads:   --input, a folder with one or more DICOM head CT series; <models>/denoiser.pt and classifier.pt
+Writes:  <out>/<series_uid>/denoised.nii.gz, prediction.json, contact_sheet.png
+Example: python predict.py --input /data/one_patient --out predictions
+
+The classifier sees the scan as it learned to: at its own matrix, and denoised first if it was trained on
+denoised slices. Research use only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import checkpoints
+import stage
+import training
+from dataset import fit_to_square
+from inference import classify, denoise, load_classifier, load_denoiser
+from metrics import scan_scores
+from models import BRAIN_WINDOW
+from scans import AIR_HU, READERS, Scan, ScanError, read_scan, write_nifti
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
+
+SHEET_COLUMNS = 7  # four rows for a routine scan of 28 slices
+SHEET_SLICES = 42  # of a longer scan evenly spaced ones are shown
+
+
+def get_parser() -> stage.StageParser:
+    parser = stage.StageParser(__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="folder with DICOM files, any depth")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--models", type=Path, default=Path("saved_models"), help="checkpoints (default: saved_models)"
+    )
+    parser.add_argument("--denoiser", type=Path, help="checkpoint (default: denoiser.pt in --models)")
+    parser.add_argument("--classifier", type=Path, help="checkpoint (default: classifier.pt in --models)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    return parser
+
+
+def contact_sheet(path: Path, scan: Scan, denoised: np.ndarray, scores: np.ndarray, name: str) -> None:
+    """PNG of the scan above its denoised version, brain window, each slice with number and probability.
+
+    Patient's right at the left, as in a viewer, when the affine says that columns run to the left."""
+    chosen = np.unique(np.linspace(0, len(scan.hu) - 1, min(SHEET_SLICES, len(scan.hu))).round().astype(int))
+    columns = min(SHEET_COLUMNS, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=(1.7 * columns, 3.5 * rows), squeeze=False, facecolor="black"
+    )
+    center, width = BRAIN_WINDOW
+    for half, volume in enumerate((scan.hu, denoised)):
+        for place in range(rows * columns):
+            axis = axes[half * rows + place // columns][place % columns]
+            axis.axis("off")
+            if place >= len(chosen):
+                continue
+            index = chosen[place]
+            axis.imshow(
+                volume[index],
+                cmap="gray",
+                vmin=center - width / 2,
+                vmax=center + width / 2,
+                aspect=scan.spacing_mm[1] / scan.spacing_mm[2],
+            )
+            title = f"{index + 1}/{len(scan.hu)}"
+            title += f"  {name} {scores[index]:.2f}" if half == 0 else "  denoised"
+            axis.set_title(title, color="white", fontsize=6, pad=2)
+    window = f"brain window, centre {center:g}, width {width:g} HU"
+    figure.suptitle(
+        f"as scanned above, denoised below; {window}; RESEARCH USE ONLY", color="white", fontsize=8
+    )
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.95, 0.02, 0.12)
+    with stage.atomic_write(path, "wb") as file:
+        figure.savefig(file, dpi=110, format="png", facecolor="black")
+    plt.close(figure)
+
+
+def predict(scan: Scan, denoiser, classifier, facts: dict) -> tuple[np.ndarray, dict]:
+    """(denoised volume (S, H, W) HU at the scan's own matrix, prediction as JSON types)."""
+    denoised = denoise(denoiser, scan.hu)
+    small = fit_to_square(scan.hu, scan.spacing_mm, facts["size"], AIR_HU)
+    if facts["input"] == "denoised":
+        small = denoise(denoiser, small)
+    scores = classify(classifier, small)[:, 0].astype(np.float64)
+    scan_score = float(scan_scores(scores, np.zeros(len(scores), int))[0])
+    thresholds = facts["thresholds"]
+    result = {
+        "series_uid": scan.series_uid,
+        "task": facts["task"],
+        "class": facts["classes"][0],
+        "scan": {"probability": scan_score, **_call(scan_score, thresholds["scan"])},
+        "slices": [
+            {
+                "index": index,
+                "position_mm": scan.positions_mm[index],
+                "probability": float(score),
+                **_call(float(score), thresholds["slice"]),
+                "repairs": scan.repairs[index],
+            }
+            for index, score in enumerate(scores)
+        ],
+        "thresholds": thresholds,
+        "spacing_mm": scan.spacing_mm,
+        "gantry_tilt_deg": scan.gantry_tilt_deg,
+        "noise_hu": scan.noise_hu,
+        "note": "research use only; not a medical device",
+    }
+    return denoised, result
+
+
+def _call(score: float, threshold: dict) -> dict:
+    """Positive or not; null where validation held one class only and no threshold could be chosen."""
+    return {"positive": None if threshold["value"] is None else score >= threshold["value"]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    device = training.pick_device(args.device)
+    if not args.input.is_dir():
+        raise stage.InputError(f"{args.input}: no such folder (--input needs one with DICOM files)")
+    denoiser_path = args.denoiser or args.models / "denoiser.pt"
+    classifier_path = args.classifier or args.models / "classifier.pt"
+    denoiser, _ = load_denoiser(denoiser_path, device)
+    classifier, facts = load_classifier(classifier_path, device)
+    jobs, rejected = READERS["dicom"].discover(args.input)
+    for entry in rejected:
+        stage.log.info("left out %s: %s", entry.file, entry.reason)
+    models = {path.name: checkpoints.file_sha256(path) for path in (denoiser_path, classifier_path)}
+    failed = []
+    for job in stage.progress(jobs, desc="predict", unit="series"):
+        try:
+            scan = read_scan(job)
+        except ScanError as error:
+            failed.append(str(error))
+            stage.log.warning("left out %s", error)
+            continue
+        denoised, result = predict(scan, denoiser, classifier, facts)
+        folder = args.out / scan.series_uid
+        folder.mkdir(parents=True, exist_ok=True)
+        hu = denoised.round().clip(-32768, 32767).astype(np.int16)
+        even = write_nifti(folder / "denoised.nii.gz", hu, scan.affine, scan.positions_mm)
+        scores = np.array([entry["probability"] for entry in result["slices"]])
+        contact_sheet(folder / "contact_sheet.png", scan, denoised, scores, result["class"])
+        result |= {"models": models, "nifti_resampled_to_even_gaps": even}
+        stage.write_json(folder / "prediction.json", result)
+        verdict = {True: "above", False: "below", None: "no"}[result["scan"]["positive"]]
+        stage.say(
+            f"{folder}: {len(scan.hu)} slices, tilt {scan.gantry_tilt_deg:.1f} deg, "
+            f"{result['class']} probability {result['scan']['probability']:.3f} ({verdict} threshold)"
+        )
+    if len(failed) == len(jobs):
+        reason = failed[0] if failed else rejected[0].reason if rejected else "it holds no files"
+        raise stage.InputError(f"{args.input}: no usable CT series ({reason})")
+    if failed:
+        raise stage.StageError(f"{len(failed)} of {len(jobs)} series could not be read", stage.EXIT_REJECTED)
+
+
+if __name__ == "__main__":
+    stage.run(main)

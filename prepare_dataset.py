@@ -1,0 +1,153 @@
+"""Stage 1: turn raw scans, or synthetic ones, into the prepared layout in HU.
+
+Reads:   --input, a folder of DICOM files (any depth, any names); nothing for --source phantom
+Writes:  <out>/unsplit/<series_uid>/, <out>/rejected.csv
+Example: python prepare_dataset.py --source phantom --patients 120 --size 128 --slices 24
+         python prepare_dataset.py --source dicom --input /data/head_ct"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+import stage
+from dataset import all_series, describe_labels, read_metadata, write_scan
+from scans import EXPECTED_CODES, READERS, Job, Rejected, ScanError, read_scan
+
+PHANTOM_DEFAULTS = {"patients": 100, "size": 128, "slices": 24, "seed": 42}
+
+
+def get_parser() -> stage.StageParser:
+    parser = stage.StageParser(__doc__)
+    parser.add_argument("--source", required=True, choices=sorted(READERS), help="what kind of data to read")
+    parser.add_argument("--input", type=Path, help="folder with the raw files (all sources but phantom)")
+    parser.add_argument("--out", type=Path, default=Path("dataset"), help="prepared data (default: dataset)")
+    group = parser.add_argument_group("phantom")
+    group.add_argument("--patients", type=stage.positive_int, help="synthetic patients (default: 100)")
+    group.add_argument("--size", type=stage.positive_int, help="matrix, pixels a side (default: 128)")
+    group.add_argument("--slices", type=stage.positive_int, help="slices a scan (default: 24)")
+    group.add_argument("--seed", type=stage.natural_int, help="which patients (default: 42)")
+    parser.add_argument("--workers", type=stage.positive_int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--max-reject",
+        type=stage.fraction,
+        default=0.01,
+        help="share of broken cases above which the stage fails with exit code 3 (default: 0.01)",
+    )
+    return parser
+
+
+def reader_options(args) -> dict:
+    """The options of the chosen source. Raises InputError for one that belongs to another source."""
+    given = {name: getattr(args, name) for name in PHANTOM_DEFAULTS if getattr(args, name) is not None}
+    if args.source == "phantom":
+        if args.input is not None:
+            raise stage.InputError("--input: --source phantom makes its own data (leave it out)")
+        return PHANTOM_DEFAULTS | given
+    if given:
+        raise stage.InputError(f"--{next(iter(given))}: only for --source phantom (leave it out)")
+    if args.input is None:
+        raise stage.InputError(f"--input: --source {args.source} needs the folder with the raw files")
+    if not args.input.is_dir():
+        raise stage.InputError(f"{args.input}: no such folder (--input needs one with CT images)")
+    return {"input_dir": args.input}
+
+
+def _prepare(job: Job, folder: Path) -> None:
+    """One series, in a worker process."""
+    torch.set_num_threads(1)  # the processes are the parallelism
+    write_scan(read_scan(job), folder)
+
+
+def prepare(jobs: list[Job], folder: Path, workers: int) -> Iterator[Rejected]:
+    """Write every job below folder; yield the series that could not be used.
+
+    Raises StageError if a worker dies."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        futures = {pool.submit(_prepare, job, folder): job for job in jobs}
+        try:
+            done = as_completed(futures)
+            for future in stage.progress(done, desc="prepare", total=len(jobs), unit="series"):
+                job = futures[future]
+                try:
+                    future.result()
+                except ScanError as error:
+                    yield Rejected(job.case, error.file, error.code, f"{error.what} ({error.fix})")
+        except BrokenProcessPool:
+            raise stage.StageError("a worker process died (out of memory? try --workers 1)") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_rejected(path: Path, rejected: list[Rejected]) -> None:
+    """rejected.csv: case, file, code, reason; file names that are not UTF-8 are escaped."""
+    with stage.atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(Rejected._fields)
+        writer.writerows(sorted(rejected))
+
+
+def summarise(out: Path, rejected: list[Rejected], new: int) -> None:
+    """Print what is prepared now: series, slices, labels, repairs, and what was left out and why."""
+    series = [read_metadata(folder) for folder in all_series(out)]
+    slices = sum(len(metadata["slices"]) for metadata in series)
+    patients = len({metadata["patient_id"] for metadata in series})
+    stage.say(f"{out}: {len(series)} series of {patients} patients, {slices} slices ({new} series new)")
+    for name, (scans, positive) in describe_labels(series).items():
+        known = sum(metadata["labels"].get(name) is not None for metadata in series)
+        if known:
+            stage.say(f"  {name:<17} {scans:5d} of {known} scans, {positive:6d} slices")
+    if not any(value is not None for metadata in series for value in metadata["labels"].values()):
+        stage.say("  labels: none known")
+    repairs = Counter(repair for m in series for entry in m["slices"] for repair in entry["repairs"])
+    for repair, count in repairs.most_common(10):
+        stage.say(f"  repaired or assumed in {count} slices: {repair}")
+    for code, count in Counter(entry.code for entry in rejected).most_common():
+        reason = next(entry.reason for entry in rejected if entry.code == code)
+        stage.say(f"  left out: {count} x {code}, e.g. {reason}")
+    if rejected:
+        stage.say(f"  all of them: {out / 'rejected.csv'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    options = reader_options(args)
+    unsplit = args.out / "unsplit"
+    unsplit.mkdir(parents=True, exist_ok=True)
+    with stage.lock(args.out / ".lock"):
+        for leftover in unsplit.glob(".*.partial"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        jobs, rejected = READERS[args.source].discover(**options)
+        if not jobs:
+            seen = f"{len(rejected)} files left out" if rejected else "it holds no files"
+            example = f", e.g. {rejected[0].file}: {rejected[0].reason}" if rejected else ""
+            raise stage.InputError(f"{args.input}: no usable series ({seen}{example})")
+        finished = {folder.name for folder in all_series(args.out)}
+        waiting = [job for job in jobs if job.series_uid not in finished]
+        stage.log.info("%d series found, %d already prepared", len(jobs), len(jobs) - len(waiting))
+        if waiting:
+            failed = list(prepare(waiting, unsplit, min(args.workers, len(waiting))))
+            rejected += failed
+        else:
+            failed = []
+        write_rejected(args.out / "rejected.csv", rejected)
+        summarise(args.out, rejected, len(waiting) - len(failed))
+    broken = sum(entry.code not in EXPECTED_CODES for entry in rejected)
+    if broken > args.max_reject * (len(jobs) + broken):
+        raise stage.StageError(
+            f"{broken} broken cases, more than --max-reject {args.max_reject:g} of {len(jobs)} series "
+            f"(see {args.out / 'rejected.csv'})",
+            stage.EXIT_REJECTED,
+        )
+
+
+if __name__ == "__main__":
+    stage.run(main)

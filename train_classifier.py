@@ -1,0 +1,219 @@
+"""Stage 4: train a slice classifier on clean, low-dose or denoised slices.
+
+Reads:   <data>/{train,val}/, and --denoiser for --input denoised
+Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json
+Example: python train_classifier.py --task stroke --input clean --epochs 40 --batch-size 32
+         python train_classifier.py --task stroke --input noisy --name classifier_noisy"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoints
+import metrics
+import stage
+import training
+from dataset import (
+    LABELS,
+    TASKS,
+    Batch,
+    Batches,
+    Pack,
+    augment,
+    check_doses,
+    evaluation_input,
+    load_pack,
+    low_dose,
+    native_size,
+    random_doses,
+    task_targets,
+)
+from inference import classify, denoise, load_denoiser
+from losses import masked_bce_loss
+from models import CLASSIFIERS, build_model
+
+INPUTS = ("clean", "noisy", "denoised")
+VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
+
+
+def get_parser() -> stage.StageParser:
+    parser = stage.StageParser(__doc__)
+    training.add_run_options(parser, name="classifier", epochs=40, batch_size=32, lr=1e-3)
+    parser.add_argument("--task", choices=sorted(TASKS), default="stroke", help="question (default: stroke)")
+    parser.add_argument("--input", choices=INPUTS, default="clean", help="what it learns on (default: clean)")
+    parser.add_argument("--denoiser", type=Path, help="for --input denoised (default: denoiser.pt in --out)")
+    parser.add_argument(
+        "--model", choices=sorted(CLASSIFIERS), default="resnet18", help="network (default: resnet18)"
+    )
+    parser.add_argument(
+        "--width", type=stage.positive_int, default=64, help="channels of the first stage (default: 64)"
+    )
+    parser.add_argument(
+        "--balance",
+        choices=("sampler", "pos-weight", "none"),
+        default="sampler",
+        help="against rare positives: draw them more often, weigh them more, or neither (default: sampler)",
+    )
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
+    parser.add_argument(
+        "--assume-absent",
+        nargs="+",
+        choices=LABELS,
+        default=[],
+        help="labels whose unknown values count as 0, e.g. ischemia on RSNA; kept in the checkpoint",
+    )
+    training.add_dose_options(parser)
+    return parser
+
+
+def known_targets(
+    pack: Pack, split: str, task: str, assume_absent: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """((N, classes) targets, rows whose answer is known). Raises InputError if train lacks a class."""
+    targets = task_targets(task, pack.labels, assume_absent)
+    rows = np.flatnonzero(~np.isnan(targets).all(axis=1))
+    found = set(targets[rows, 0].tolist())
+    if split == "train" and found != {0.0, 1.0}:
+        have = "no slice with a known answer" if not found else f"only slices with answer {found.pop():.0f}"
+        raise stage.InputError(
+            f"--task {task}: {have} in {split} (other data, or --assume-absent for unknown labels)"
+        )
+    return targets, rows
+
+
+def validator(
+    pack: Pack, targets: np.ndarray, rows: np.ndarray, images: np.ndarray, origin: str
+) -> Callable[[torch.nn.Module], dict]:
+    """validate(model) -> loss, AUC and the thresholds of largest Youden index, per slice and per scan.
+
+    images: (len(rows), H, W) HU as the classifier is to see them. origin: where the thresholds come from."""
+    own, series = targets[rows, 0], pack.series_of[rows]
+
+    def validate(model: torch.nn.Module) -> dict:
+        scores = classify(model, images)[:, 0].astype(np.float64)
+        clipped = scores.clip(1e-7, 1 - 1e-7)
+        scan_own, scan_scores = metrics.scan_scores(own, series), metrics.scan_scores(scores, series)
+        known = ~np.isnan(scan_own)
+        return {
+            "loss": float(-np.where(own == 1, np.log(clipped), np.log(1 - clipped)).mean()),
+            "auc": metrics.auc(own, scores),
+            "auc_scan": metrics.auc(scan_own[known], scan_scores[known]),
+            "thresholds": {
+                "slice": {"value": metrics.youden_threshold(own, scores), "origin": origin},
+                "scan": {
+                    "value": metrics.youden_threshold(scan_own[known], scan_scores[known]),
+                    "origin": origin,
+                },
+            },
+        }
+
+    return validate
+
+
+def sampling(
+    targets: np.ndarray, rows: np.ndarray, balance: str
+) -> tuple[np.ndarray | None, torch.Tensor | None]:
+    """(sampling weights of rows, pos_weight): never both, which would balance twice."""
+    positive = targets[rows, 0] == 1
+    if balance == "sampler":
+        return np.where(positive, 1 / positive.sum(), 1 / (~positive).sum()), None
+    if balance == "pos-weight":
+        return None, torch.tensor([(~positive).sum() / positive.sum()], dtype=torch.float32)
+    return None, None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    device = training.pick_device(args.device)
+    precision = training.pick_precision(args.precision, device)
+    doses = check_doses(args.dose_model, args.doses)
+    denoiser, parents = None, {}
+    if args.input == "denoised":
+        path = args.denoiser or args.out / "denoiser.pt"
+        denoiser, _ = load_denoiser(path, device)
+        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
+    elif args.denoiser is not None:
+        raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
+    size = args.size or native_size(args.data)
+    train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
+    targets, rows = known_targets(train, "train", args.task, args.assume_absent)
+    weights, pos_weight = sampling(targets, rows, args.balance)
+
+    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        hu = augment(batch.hu, batch.seeds)
+        if args.input != "clean":
+            hu = low_dose(hu, args.dose_model, random_doses(batch.seeds, doses), batch.seeds)
+        if denoiser is not None:
+            with torch.no_grad():
+                hu = denoiser(hu).float()
+        return masked_bce_loss(model(hu), batch.targets, pos_weight)
+
+    val_targets, val_rows = known_targets(val, "val", args.task, args.assume_absent)
+    images = np.asarray(val.image[val_rows])
+    origin = f"largest Youden index on val, {args.input} slices"
+    if args.input != "clean":
+        turns = [doses[place % len(doses)] for place in range(len(val_rows))]
+        images = evaluation_input(val, val_rows, args.dose_model, turns, VALIDATION_SEED)
+        origin += f", {args.dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
+    if denoiser is not None:
+        images = denoise(denoiser, images)
+    kwargs = {"classes": list(TASKS[args.task].classes), "width": args.width}
+    with training.world(device) as place:
+        torch.manual_seed(args.seed)
+        model = build_model(args.model, **kwargs)
+        batches = Batches(
+            train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=device,
+            rows=rows,
+            weights=weights,
+            targets=targets,
+            rank=place.rank,
+            world_size=place.size,
+        )
+        with training.open_run(
+            args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place
+        ) as paths:
+            best = training.fit(
+                model,
+                loss_fn,
+                batches,
+                validator(val, val_targets, val_rows, images, origin),
+                facts={
+                    "stage": "classifier",
+                    "model": {"name": args.model, "kwargs": kwargs},
+                    "task": args.task,
+                    "classes": kwargs["classes"],
+                    "input": args.input,
+                    "assume_absent": args.assume_absent,
+                    "size": size,
+                    "dose_model": args.dose_model,
+                    "doses": doses if args.input != "clean" else [],
+                    "split_hash": train.split_hash,
+                    "parents": parents,
+                    "seed": args.seed,
+                },
+                paths=paths,
+                config=training.run_config(args),
+                epochs=args.epochs,
+                lr=args.lr,
+                weight_decay=args.weight_decay,
+                select=("auc", "max"),
+                device=device,
+                precision=precision,
+                place=place,
+            )
+    if place.rank == 0:
+        stage.say(
+            f"{paths.best}: epoch {best['epoch']}, validation AUC {metrics.shown(best['auc'])} per slice, "
+            f"{metrics.shown(best['auc_scan'])} per scan ({args.task}, {args.input} input)"
+        )
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,138 @@
+"""Stage 3: train a denoiser on pairs of a slice and its simulated low dose.
+
+Reads:   <data>/{train,val}/
+Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json
+Example: python train_denoiser.py --epochs 50 --batch-size 8
+         torchrun --nproc_per_node=8 train_denoiser.py --batch-size 64"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import anatomy
+import metrics
+import stage
+import training
+from dataset import (
+    Batch,
+    Batches,
+    Pack,
+    check_doses,
+    evaluation_input,
+    load_pack,
+    low_dose,
+    mirror,
+    native_size,
+    random_doses,
+)
+from inference import denoise
+from losses import LOSSES
+from models import DENOISERS, build_model
+
+VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
+
+
+def get_parser() -> stage.StageParser:
+    parser = stage.StageParser(__doc__)
+    training.add_run_options(parser, name="denoiser", epochs=50, batch_size=8, lr=1e-3)
+    parser.add_argument("--model", choices=sorted(DENOISERS), default="unet", help="network (default: unet)")
+    parser.add_argument(
+        "--widths",
+        type=stage.positive_int,
+        nargs="+",
+        default=[64, 128, 256],
+        help="channels per level of the U-Net (default: 64 128 256)",
+    )
+    parser.add_argument("--loss", choices=sorted(LOSSES), default="rmse", help="objective (default: rmse)")
+    training.add_dose_options(parser)
+    return parser
+
+
+def validator(pack: Pack, dose_model: str, doses: list[float]) -> Callable[[torch.nn.Module], dict]:
+    """validate(model) -> HU-RMSE inside the head, denoised and noisy, each slice at one of the doses in turn.
+
+    Scored against the noise-free truth where there is one, else against the slice before simulation."""
+    rows = np.arange(len(pack))
+    noisy = evaluation_input(
+        pack, rows, dose_model, [doses[row % len(doses)] for row in rows], VALIDATION_SEED
+    )
+    reference = pack.image if pack.truth is None else pack.truth
+    heads = pack.masks(anatomy.head_mask)
+    patients = pack.patient_ids()
+
+    def rmse(images: np.ndarray) -> float:
+        values = [metrics.rmse_hu(images[row], reference[row], heads[row]) for row in rows]
+        return metrics.mean_over_patients(np.array(values), patients)
+
+    before = rmse(noisy)
+    return lambda model: {"rmse_hu": rmse(denoise(model, noisy)), "rmse_hu_noisy": before}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    device = training.pick_device(args.device)
+    precision = training.pick_precision(args.precision, device)
+    doses = check_doses(args.dose_model, args.doses)
+    size = args.size or native_size(args.data)
+    train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
+    loss = LOSSES[args.loss]
+    if args.loss == "lesion-mse" and train.mask is None:
+        raise stage.InputError("--loss lesion-mse: these data have no lesion masks (choose rmse or mse)")
+
+    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        full = mirror(batch.hu, batch.seeds)
+        mask = None if batch.mask is None else mirror(batch.mask, batch.seeds)
+        low = low_dose(full, args.dose_model, random_doses(batch.seeds, doses), batch.seeds)
+        return loss(model(low), full, mask)
+
+    kwargs = {"widths": args.widths}
+    with training.world(device) as place:
+        torch.manual_seed(args.seed)
+        model = build_model(args.model, **kwargs)
+        batches = Batches(
+            train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=device,
+            rank=place.rank,
+            world_size=place.size,
+        )
+        with training.open_run(
+            args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place
+        ) as paths:
+            best = training.fit(
+                model,
+                loss_fn,
+                batches,
+                validator(val, args.dose_model, doses),
+                facts={
+                    "stage": "denoiser",
+                    "model": {"name": args.model, "kwargs": kwargs},
+                    "size": size,
+                    "dose_model": args.dose_model,
+                    "doses": doses,
+                    "split_hash": train.split_hash,
+                    "parents": {},
+                    "seed": args.seed,
+                },
+                paths=paths,
+                config=training.run_config(args),
+                epochs=args.epochs,
+                lr=args.lr,
+                select=("rmse_hu", "min"),
+                device=device,
+                precision=precision,
+                place=place,
+            )
+    if place.rank == 0:
+        stage.say(
+            f"{paths.best}: epoch {best['epoch']}, validation RMSE {best['rmse_hu']:.2f} HU inside the head, "
+            f"{best['rmse_hu_noisy']:.2f} HU before denoising"
+        )
+
+
+if __name__ == "__main__":
+    stage.run(main)
