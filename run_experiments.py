@@ -7,7 +7,7 @@ Example: python run_experiments.py
 
 Pipeline 1 classifies the low-dose slice, pipeline 2 denoises it first; both use the classifier trained on
 clean slices. A classifier trained on noisy slices makes pipeline 1n, one trained on denoised slices 2d. All
-pipelines see the same patients with the same noise. A missing checkpoint is left out, and the table says it."""
+pipelines see the same patients with the same noise. What is missing is left out, and said so."""
 
 from __future__ import annotations
 

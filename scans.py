@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import get_decoder
 from scipy import ndimage
@@ -230,6 +230,7 @@ MAX_INFLATED_BYTES = 1 << 26  # a 4096 x 4096 slice of 16 bit and its header, an
 # What pydicom and its decoders raise on damaged files
 DICOM_ERRORS = (
     InvalidDicomError,
+    BytesLengthException,
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -309,7 +310,6 @@ def _inflate(path: str, deflated: bytes, meta: pydicom.Dataset, tags: Sequence[s
         raise ScanError(path, what, "export it uncompressed", "too_large")
     dataset = pydicom.dcmread(io.BytesIO(plain), force=True, specific_tags=list(tags))
     dataset.file_meta = meta
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     return dataset
 
 
@@ -322,7 +322,11 @@ def _check_kind(path: str, dataset: pydicom.Dataset) -> None:
         raise ScanError(path, "a DICOMDIR, not an image", SKIPPED, "dicomdir")
     if sop_class.startswith(SECONDARY_CAPTURE) or words & REPORT_WORDS:
         raise ScanError(path, "a secondary capture, not a CT slice", SKIPPED, "secondary_capture")
-    if modality not in ("", "CT") or sop_class not in ("", CT_IMAGE, *ENHANCED_CT) or not (modality or sop_class):
+    if (
+        modality not in ("", "CT")
+        or sop_class not in ("", CT_IMAGE, *ENHANCED_CT)
+        or not (modality or sop_class)
+    ):
         kind = pydicom.uid.UID(sop_class).name if sop_class else "no SOP class"
         raise ScanError(path, f"not a CT image (modality {modality or 'missing'}, {kind})", SKIPPED, "not_ct")
     if sop_class in ENHANCED_CT or _number(dataset.get("NumberOfFrames") or 1) > 1:
@@ -379,6 +383,9 @@ def _parse_header(path: str, dataset: pydicom.Dataset) -> _Header:
 
 
 def _take_header(path: str, dataset: pydicom.Dataset) -> _Header:
+    rows, columns = int(_number(dataset.get("Rows"))), int(_number(dataset.get("Columns")))
+    if not (0 < rows <= MAX_SIDE_PX and 0 < columns <= MAX_SIDE_PX):
+        raise ScanError(path, f"{rows} x {columns} pixels is no CT slice", "export it again", "damaged")
     for name, meaning in (
         ("RescaleSlope", "its HU are unknown"),
         ("RescaleIntercept", "its HU are unknown"),
@@ -387,14 +394,12 @@ def _take_header(path: str, dataset: pydicom.Dataset) -> _Header:
         if not _sequence(dataset.get(name)):
             code = "no_rescale" if name.startswith("Rescale") else "no_geometry"
             raise ScanError(path, f"{name} is missing: {meaning}", "export it again with this tag", code)
-    rows, columns = int(_number(dataset.get("Rows"))), int(_number(dataset.get("Columns")))
-    if not (0 < rows <= MAX_SIDE_PX and 0 < columns <= MAX_SIDE_PX):
-        raise ScanError(path, f"{rows} x {columns} pixels is no CT slice", "export it again", "damaged")
     bits, bits_stored = int(_number(dataset.get("BitsAllocated"))), int(_number(dataset.get("BitsStored")))
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         raise ScanError(path, "the transfer syntax is missing", "export it again", "damaged")
-    if not syntax.is_compressed and Path(path).stat().st_size < rows * columns * bits // 8:
+    stored_as_is = syntax != DEFLATED and not syntax.is_compressed
+    if stored_as_is and Path(path).stat().st_size < rows * columns * bits // 8:
         raise ScanError(path, "truncated: its pixels are incomplete", "copy or export it again", "truncated")
     slope, spacing = _number(dataset.RescaleSlope), _vector(dataset.PixelSpacing, 2)
     if slope == 0 or min(spacing) <= 0:
@@ -590,7 +595,6 @@ CODECS = {
     "JPEG 2000": "pylibjpeg-openjpeg",
     "HTJ2K": "pylibjpeg-openjpeg",
     "High-Throughput": "pylibjpeg-openjpeg",
-    "RLE": "pylibjpeg-rle",
     "JPEG": "pylibjpeg-libjpeg",
 }
 
@@ -604,6 +608,8 @@ def _decode(path: str, dataset: pydicom.Dataset) -> np.ndarray:
             if package:
                 fix = f"pip install pylibjpeg {package}"
                 raise ScanError(path, f"{syntax.name} needs a decoder", fix, "no_decoder")
+        if syntax == pydicom.uid.RLELossless:
+            dataset.pixel_array_options(decoding_plugin="pydicom")  # the others abort on damaged data
         stored = dataset.pixel_array
     except ScanError:
         raise
@@ -728,6 +734,9 @@ def read_dicom(job: Job) -> Scan:
         headers, stored = [], {}
         for path in job.inputs:
             dataset = _open_dicom(path, PIXEL_TAGS)
+            if "PixelData" not in dataset:
+                what = "truncated: its pixels are missing or incomplete"
+                raise ScanError(path, what, "copy or export it again", "truncated")
             headers.append(_parse_header(path, dataset))
             stored[path] = _decode(path, dataset)
     order = _order(headers)

@@ -1,0 +1,306 @@
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import dataset
+import stage
+from dataset import Batches, load_pack
+from phantom import generate_phantom
+from scans import READERS
+
+NAN = math.nan
+
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(("center", "width"), [(40.0, 80.0), (40.0, 380.0), (600.0, 2800.0)])
+def test_unwindow_is_the_inverse_of_window_to_a_hundredth_hu(center, width):
+    hu = np.linspace(-1500, 3500, 5001)
+    linear = dataset.window_hu(hu, center, width, clip=False)
+    np.testing.assert_allclose(dataset.unwindow_hu(linear, center, width), hu, atol=1e-9)
+    inside = (hu >= center - width / 2) & (hu <= center + width / 2)
+    back = dataset.unwindow_hu(dataset.window_hu(hu, center, width), center, width)
+    np.testing.assert_allclose(back[inside], hu[inside], atol=1e-9)
+    assert back.min() == pytest.approx(center - width / 2)
+    assert back.max() == pytest.approx(center + width / 2)
+
+
+def test_window_of_a_tensor_equals_that_of_an_array():
+    hu = np.array([-1024.0, 0.0, 40.0, 80.0, 200.0])
+    np.testing.assert_array_equal(dataset.window_hu(torch.from_numpy(hu), 40, 80).numpy(), [0, 0, 0.5, 1, 1])
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("any_", "ischemia", "stroke"),
+    [
+        (1, 0, 1),
+        (0, 1, 1),
+        (0, 0, 0),
+        (1, None, 1),
+        (None, 1, 1),
+        (0, None, NAN),
+        (None, None, NAN),
+    ],
+)
+def test_stroke_is_either_lesion_and_unknown_when_it_might_be(any_, ischemia, stroke):
+    found = dataset.task_targets("stroke", [{"any": any_, "ischemia": ischemia}])
+    np.testing.assert_array_equal(found, [[stroke]])
+
+
+def test_assume_absent_fills_unknown_values_only():
+    labels = [{"any": 0, "ischemia": None}, {"any": None, "ischemia": 1}, {"any": None, "ischemia": None}]
+    found = dataset.task_targets("stroke", labels, ["ischemia"])
+    np.testing.assert_array_equal(found, [[0], [1], [math.nan]])
+    assert labels[0]["ischemia"] is None
+
+
+@pytest.mark.parametrize("task", dataset.TASKS)
+def test_every_task_gives_a_column_per_class_even_for_nothing(task):
+    assert dataset.task_targets(task, []).shape == (0, len(dataset.TASKS[task].classes))
+
+
+# ---------------------------------------------------------------- layout
+
+
+@pytest.fixture
+def scan():
+    jobs, _ = READERS["phantom"].discover(patients=1, size=40, slices=3, seed=5)
+    return READERS["phantom"].read(jobs[0])
+
+
+def test_write_scan_gives_back_pixels_masks_truth_and_labels(scan, tmp_path):
+    folder = dataset.write_scan(scan, tmp_path / "unsplit")
+    metadata = dataset.read_metadata(folder)
+    for kind, array in (("image", scan.hu), ("mask", scan.mask), ("truth", scan.truth)):
+        found = dataset.read_slices(folder, kind, 3)
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+    assert [entry["labels"] for entry in metadata["slices"]] == scan.slice_labels
+    assert metadata["labels"] == scan.labels
+    assert metadata["spacing_mm"] == list(scan.spacing_mm)
+    np.testing.assert_array_equal(metadata["affine"], scan.affine)
+    assert dataset.all_series(tmp_path) == {folder: "unsplit"}
+
+
+def test_write_scan_that_fails_leaves_no_series(scan, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dataset.write_scan(scan, tmp_path / "unsplit")
+    assert dataset.all_series(tmp_path) == {}
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK rubbish")])
+def test_read_slices_names_the_file_that_is_damaged(scan, tmp_path, damage):
+    folder = dataset.write_scan(scan, tmp_path)
+    damage(folder / "00001" / "image.npz")
+    with pytest.raises(stage.InputError, match="00001/image.npz"):
+        dataset.read_slices(folder, "image", 3)
+
+
+def test_read_metadata_of_another_format_is_refused(scan, tmp_path):
+    folder = dataset.write_scan(scan, tmp_path)
+    metadata = stage.read_json(folder / "metadata.json", "")
+    stage.write_json(folder / "metadata.json", metadata | {"format": 99})
+    with pytest.raises(stage.InputError, match="format 99"):
+        dataset.read_metadata(folder)
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def test_fit_to_square_of_the_right_size_changes_nothing():
+    volume = np.random.default_rng(0).integers(-1024, 2000, (2, 32, 32)).astype(np.int16)
+    assert dataset.fit_to_square(volume, (5, 1, 1), 32, -1024) is volume
+
+
+@pytest.mark.parametrize("shape", [(2, 60, 40), (1, 33, 51)])
+def test_fit_to_square_keeps_the_centre_of_a_disc_and_its_area_in_mm(shape):
+    spacing = (5.0, 1.0, 1.5)
+    y = (np.arange(shape[1]) - (shape[1] - 1) / 2) * spacing[1]
+    x = (np.arange(shape[2]) - (shape[2] - 1) / 2) * spacing[2]
+    disc = np.broadcast_to((np.hypot(*np.meshgrid(y, x, indexing="ij")) < 14) * 1000, shape).astype(np.int16)
+    size = 64
+    found = dataset.fit_to_square(disc, spacing, size, 0)
+    pixel_mm = max(shape[1] * spacing[1], shape[2] * spacing[2]) / size
+    assert found.shape == (shape[0], size, size)
+    assert found[0].sum() * pixel_mm**2 / 1000 == pytest.approx(disc[0].sum() * 1.5 / 1000, rel=0.03)
+    rows, columns = np.nonzero(found[0] > 500)
+    assert rows.mean() == pytest.approx((size - 1) / 2, abs=0.6)
+    assert columns.mean() == pytest.approx((size - 1) / 2, abs=0.6)
+
+
+def test_fit_to_square_of_a_mask_invents_no_class():
+    mask = np.zeros((1, 50, 40), np.uint8)
+    mask[0, 10:30, 10:20], mask[0, 30:40, 10:20] = 1, 6
+    assert set(np.unique(dataset.fit_to_square(mask, (5, 1, 1), 31, 0))) == {0, 1, 6}
+
+
+# ---------------------------------------------------------------- packed cache
+
+
+def test_pack_holds_every_slice_in_order_with_its_labels(split_data):
+    pack = load_pack(split_data, "train", 48)
+    row = 0
+    for number, folder in enumerate(dataset.series_folders(split_data, "train")):
+        metadata = dataset.read_metadata(folder)
+        images = dataset.read_slices(folder, "image", len(metadata["slices"]))
+        for index, entry in enumerate(metadata["slices"]):
+            np.testing.assert_array_equal(pack.image[row], images[index])
+            assert pack.labels[row] == entry["labels"]
+            assert (pack.series_of[row], pack.slice_of[row]) == (number, index)
+            row += 1
+    assert row == len(pack)
+
+
+def test_pack_is_built_once_and_again_when_the_data_change(split_data):
+    load_pack(split_data, "val", 24)
+    image = split_data / "cache" / "val-24" / "image.npy"
+    first = image.stat().st_mtime_ns
+    load_pack(split_data, "val", 24)
+    assert image.stat().st_mtime_ns == first
+    shutil.rmtree(dataset.series_folders(split_data, "val")[0])
+    assert len(load_pack(split_data, "val", 24).series) == 1
+    assert image.stat().st_mtime_ns != first
+
+
+def test_pack_refuses_a_patient_on_the_wrong_side(split_data):
+    folder = dataset.series_folders(split_data, "test")[0]
+    folder.rename(split_data / "train" / folder.name)
+    with pytest.raises(stage.InputError, match="belongs to test, not to train"):
+        load_pack(split_data, "train", 24)
+
+
+def test_pack_refuses_windowed_images(split_data):
+    path = dataset.series_folders(split_data, "train")[0] / "metadata.json"
+    stage.write_json(path, stage.read_json(path, "") | {"intensity": "windowed"})
+    with pytest.raises(stage.InputError, match="8-bit"):
+        load_pack(split_data, "train", 24)
+
+
+def test_pack_without_a_split_says_what_to_run(split_data):
+    (split_data / "splits.json").unlink()
+    with pytest.raises(stage.InputError, match=r"split_dataset\.py"):
+        load_pack(split_data, "train", 24)
+
+
+def test_native_size_is_shared_or_256(split_data):
+    assert dataset.native_size(split_data) == 48
+    path = dataset.series_folders(split_data, "train")[0] / "metadata.json"
+    stage.write_json(path, stage.read_json(path, "") | {"shape": [6, 50, 48]})
+    assert dataset.native_size(split_data) == 256
+
+
+# ---------------------------------------------------------------- noise
+
+
+def test_evaluation_noise_depends_on_the_slice_alone_and_not_on_its_batch(split_data):
+    pack = load_pack(split_data, "val", 48)
+    together = dataset.evaluation_input(pack, range(len(pack)), "calibrated", [5.0] * len(pack), 42)
+    alone = dataset.evaluation_input(pack, [7], "calibrated", [5.0], 42)
+    np.testing.assert_array_equal(alone[0], together[7])
+    noise = together - pack.image
+    assert np.abs(np.corrcoef(noise[6].ravel(), noise[7].ravel())[0, 1]) < 0.1
+    other = dataset.evaluation_input(pack, [7], "calibrated", [5.0], 43)
+    assert not np.array_equal(other, alone)
+
+
+def test_evaluation_at_the_routine_dose_is_the_image(split_data):
+    pack = load_pack(split_data, "val", 48)
+    found = dataset.evaluation_input(pack, [0, 3], "calibrated", [40.0, 40.0], 42)
+    np.testing.assert_array_equal(found, pack.image[[0, 3]])
+
+
+def test_check_doses_gives_all_of_the_model_or_refuses(split_data):
+    assert dataset.check_doses("calibrated", None) == [1, 5, 10, 20, 40]
+    with pytest.raises(ValueError, match="dose 50"):
+        dataset.check_doses("calibrated", [5, 50])
+
+
+# ---------------------------------------------------------------- batches
+
+
+def rows_of(batches, epoch, start=0):
+    return [batch.rows.tolist() for batch in batches.epoch(epoch, start)]
+
+
+@pytest.fixture
+def pack(split_data):
+    return load_pack(split_data, "train", 48)
+
+
+def test_batches_repeat_with_seed_and_epoch_and_go_on_from_any_step(pack):
+    make = {"batch_size": 8, "device": torch.device("cpu")}
+    one, two = (Batches(pack, seed=3, **make) for _ in range(2))
+    assert rows_of(one, 5) == rows_of(two, 5)
+    assert rows_of(one, 5) != rows_of(one, 6)
+    assert rows_of(one, 5)[2:] == rows_of(one, 5, start=2)
+    assert rows_of(one, 5) != rows_of(Batches(pack, seed=4, **make), 5)
+    flat = sum(rows_of(one, 5), [])
+    assert len(set(flat)) == len(flat) == len(one) * 8
+
+
+def test_batches_of_two_processes_are_the_shares_of_one(pack):
+    make = {"batch_size": 8, "seed": 3, "device": torch.device("cpu")}
+    whole = list(Batches(pack, **make).epoch(1))
+    halves = [list(Batches(pack, rank=rank, world_size=2, **make).epoch(1)) for rank in (0, 1)]
+    for batch, left, right in zip(whole, *halves, strict=True):
+        assert batch.rows.tolist() == [*left.rows, *right.rows]
+        assert batch.seeds == [*left.seeds, *right.seeds]
+
+
+def test_batches_refuse_a_size_that_the_processes_cannot_share(pack):
+    with pytest.raises(stage.InputError, match="multiple of the 3 processes"):
+        Batches(pack, batch_size=8, seed=0, device=torch.device("cpu"), world_size=3)
+
+
+def test_batches_with_weights_draw_the_rare_class_as_often(pack):
+    weights = np.where(np.arange(len(pack)) < 3, 1 / 3, 1 / (len(pack) - 3))
+    batches = Batches(pack, batch_size=4, seed=0, device=torch.device("cpu"), weights=weights)
+    drawn = [row for epoch in range(40) for batch in batches.epoch(epoch) for row in batch.rows]
+    assert np.mean(np.array(drawn) < 3) == pytest.approx(0.5, abs=0.06)
+    seeds = [seed for batch in batches.epoch(0) for seed in batch.seeds]
+    assert len(set(seeds)) == len(seeds)  # a row drawn twice gets two noises
+
+
+def test_batches_give_each_row_its_own_image_mask_and_target(pack):
+    targets = np.arange(len(pack), dtype=np.float32)[:, None]
+    batch = next(Batches(pack, batch_size=5, seed=0, device=torch.device("cpu"), targets=targets).epoch(0))
+    np.testing.assert_array_equal(batch.hu[:, 0].numpy(), pack.image[batch.rows])
+    np.testing.assert_array_equal(batch.mask[:, 0].numpy(), pack.mask[batch.rows])
+    np.testing.assert_array_equal(batch.targets[:, 0].numpy(), batch.rows)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def test_mirror_flips_where_the_seed_is_odd_and_keeps_the_type():
+    images = torch.arange(12, dtype=torch.uint8).reshape(2, 1, 2, 3)
+    found = dataset.mirror(images, [4, 7])
+    assert torch.equal(found[0], images[0])
+    assert torch.equal(found[1], images[1].flip(-1))
+
+
+def test_augment_moves_but_neither_invents_nor_loses_hu():
+    hu = torch.from_numpy(generate_phantom(1, size=64, slices=4).hu).float()[2:3, None].repeat(20, 1, 1, 1)
+    found = dataset.augment(hu, list(range(20)))
+    assert found.shape == hu.shape
+    assert found.min() >= dataset.AIR_HU
+    assert found.max() <= hu.max() + 1e-2
+    assert torch.equal(found, dataset.augment(hu, list(range(20))))
+    assert len({image.sum().item() for image in found}) > 10
+    corners = found[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners < -900).all()  # what comes in from outside is air, not 0 HU
+
+
+def test_augment_leaves_the_noise_of_half_the_slices_as_it_is():
+    noise = torch.randn(200, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 4 + 30
+    found = dataset.augment(noise, list(range(200)))[..., 16:-16, 16:-16]
+    sd = found.std(dim=(1, 2, 3))
+    untouched = (sd > 3.7).float().mean().item()
+    assert untouched == pytest.approx(0.5, abs=0.1)
