@@ -335,3 +335,9 @@ def _most_frequent(values: np.ndarray) -> float:
     counts, edges = np.histogram(values, bins=200, range=(0, highest))
     peak = np.argmax(ndimage.gaussian_filter1d(counts.astype(float), 6))
     return float(edges[peak] + edges[peak + 1]) / 2
+
+
+# Where image quality is measured. Inside the brain by default: a stroke is read there, and at the pixels of a
+# training image a skull is so finely structured that noise cannot be told from bone.
+MASKS = {"brain": brain_mask, "head": head_mask}
+DEFAULT_MASK = "brain"

@@ -9,7 +9,6 @@ Whatever is missing is left out, with the command that makes it. Research use on
 
 from __future__ import annotations
 
-import io
 import re
 import shlex
 import time
@@ -22,8 +21,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
+from PIL import Image, ImageDraw
 from torch import nn
 
 import anatomy
@@ -41,25 +39,14 @@ from dataset import (
     series_folders,
     task_targets,
     to_tensor,
-    window_hu,
 )
+from display import NOTICE, Note, annotate, difference_rgb, draw_outlines, enlarge, radiological, to_grey
 from dose import DOSE_MODELS
-from inference import classify, denoise, load_classifier, load_denoiser
+from inference import LEGEND, PIPELINES, classify, denoise, load_classifier, load_denoiser
 from scans import AIR_HU
 
-NOTICE = "research use only"
 LEVELS = ("slice", "scan")
 NOISE_SEED = 42  # of run_experiments.py by default; results that are there say their own
-
-# What run_experiments.py measures, by what the classifier was trained on: arm on the low dose, arm after the
-# denoiser. A stage imports no stage, so this stands here a second time; a test holds the two together.
-PIPELINES = {"clean": ("1", "2"), "noisy": ("1n", None), "denoised": (None, "2d")}
-LEGEND = {
-    "1": "low dose -> classifier trained on clean slices",
-    "1n": "low dose -> classifier trained on noisy slices",
-    "2": "low dose -> denoiser -> classifier trained on clean slices",
-    "2d": "low dose -> denoiser -> classifier trained on denoised slices",
-}
 
 WINDOWS = {  # centre and width in HU, as head CT is read
     "Brain": (40, 80),
@@ -83,17 +70,6 @@ STYLE = """<style>
 [data-testid="stMetricValue"] { font-size: 1.5rem; }
 </style>"""  # of a screen 1280 px wide, as much as possible for the images
 VIEW_PX = 512  # smaller matrices are enlarged to it, so that outlines and letters stay fine
-LOW_RGB, HIGH_RGB = (33, 102, 172), (178, 24, 43)  # ends of the RdBu map, told apart by the colour-blind
-OUTLINE_PX = 3  # still seen when four views share 1280 px
-LESION_RGB = {  # Okabe and Ito 2008, told apart by the colour-blind and from grey
-    1: (230, 159, 0),
-    2: (240, 80, 60),
-    3: (86, 180, 233),
-    4: (240, 228, 66),
-    5: (204, 121, 167),
-    6: (0, 200, 140),
-    255: (255, 255, 255),
-}
 ARM_COLOURS = {"1": "#e69f00", "1n": "#cc79a7", "2": "#0072b2", "2d": "#009e73"}
 OTHER_COLOURS = ("#56b4e9", "#d55e00", "#999999", "#882255", "#117733", "#332288")
 
@@ -114,103 +90,16 @@ TABLE = {
     "f1": ("F1", "%.3f", "at the threshold chosen on validation patients"),
     "ece": ("ECE", "%.3f", "expected calibration error, 15 bins"),
     "threshold": ("Threshold", "%.3f", "largest Youden index on validation patients"),
-    "rmse_hu": ("RMSE (HU)", "%.2f", "of the image that the classifier sees, inside the head"),
-    "rmse_hu_noisy": ("RMSE low dose (HU)", "%.2f", "of the low dose, inside the head"),
-    "psnr": ("PSNR (dB)", "%.2f", "of the image that the classifier sees, inside the head"),
-    "psnr_noisy": ("PSNR low dose (dB)", "%.2f", "of the low dose, inside the head"),
-    "ssim": ("SSIM", "%.3f", "of the image that the classifier sees, inside the head"),
-    "ssim_noisy": ("SSIM low dose", "%.3f", "of the low dose, inside the head"),
+    "rmse_hu": ("RMSE (HU)", "%.2f", "of the image that the classifier sees, inside the mask of the study"),
+    "rmse_hu_noisy": ("RMSE low dose (HU)", "%.2f", "of the low dose, inside the mask of the study"),
+    "psnr": ("PSNR (dB)", "%.2f", "of the image that the classifier sees, inside the mask of the study"),
+    "psnr_noisy": ("PSNR low dose (dB)", "%.2f", "of the low dose, inside the mask of the study"),
+    "ssim": ("SSIM", "%.3f", "of the image that the classifier sees, inside the mask of the study"),
+    "ssim_noisy": ("SSIM low dose", "%.3f", "of the low dose, inside the mask of the study"),
     "classifier": ("Classifier", None, "checkpoint"),
     "denoiser": ("Denoiser", None, "checkpoint"),
 }
-IMAGE_PANELS = {"rmse_hu": "RMSE inside the head (HU)", "psnr": "PSNR (dB)", "ssim": "SSIM"}
-
-
-# ---------------------------------------------------------------- image mapping: arrays in, arrays out
-
-
-def to_grey(hu: np.ndarray, center: float, width: float) -> np.ndarray:
-    """HU -> uint8 over the window center +- width / 2, of the same shape."""
-    return np.round(window_hu(hu, center, width) * 255).astype(np.uint8)
-
-
-def difference_rgb(difference_hu: np.ndarray, range_hu: float) -> np.ndarray:
-    """Blue below, white at and red above zero: (H, W) HU -> (H, W, 3) uint8, full colour at +-range_hu."""
-    share = np.clip(np.asarray(difference_hu, np.float32) / range_hu, -1, 1)[..., None]
-    end = np.where(share < 0, np.array(LOW_RGB), np.array(HIGH_RGB))
-    return np.round(255 + np.abs(share) * (end - 255)).astype(np.uint8)
-
-
-def radiological(image: np.ndarray, affine: Sequence) -> np.ndarray:
-    """Turn (H, W, ...) so that the patient's right is at the left edge and the nose is up.
-
-    affine: (4, 4), (column, row, slice, 1) -> LPS mm, as in metadata.json."""
-    # where a step in column and a step in row lead: (to the left, to the back)
-    columns_to, rows_to = np.asarray(affine, float)[:2, :2].T
-    if abs(columns_to[1]) > abs(columns_to[0]):
-        image = image.swapaxes(0, 1)
-        columns_to, rows_to = rows_to, columns_to
-    if columns_to[0] < 0:
-        image = image[:, ::-1]
-    return image[::-1] if rows_to[1] < 0 else image
-
-
-def enlarge(image: np.ndarray, side_px: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> side_px x side_px, smooth; masks (bool) stay sharp. Larger ones stay."""
-    if max(image.shape[:2]) >= side_px:
-        return image
-    how = Image.Resampling.NEAREST if image.dtype == bool else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image).resize((side_px, side_px), how))
-
-
-def draw_outlines(rgb: np.ndarray, lesions: np.ndarray) -> np.ndarray:
-    """A line around every lesion class. rgb: (N, N, 3) uint8; lesions: (n, n) uint8, n <= N."""
-    out = rgb.copy()
-    for value, colour in LESION_RGB.items():
-        if not (lesions == value).any():
-            continue
-        inside = enlarge(lesions == value, len(rgb))
-        out[ndimage.binary_dilation(inside, iterations=OUTLINE_PX) & ~inside] = colour
-    return out
-
-
-class Note(NamedTuple):
-    """What is written on a view: top left, bottom right, and the range of a colour bar if it has one."""
-
-    top: str
-    bottom: str = ""
-    range_hu: float | None = None
-
-
-def annotate(rgb: np.ndarray, note: Note) -> bytes:
-    """PNG of a view with R, L, A, P, what it shows, and the notice. rgb: (N, N, 3) uint8, radiological."""
-    image = Image.fromarray(rgb)
-    draw = ImageDraw.Draw(image)
-    side = len(rgb)
-    letters, small = (ImageFont.load_default(side * share) for share in (0.055, 0.037))
-    light = note.range_hu is None  # the difference map is white
-    ink, back = ((235, 235, 235), (0, 0, 0)) if light else ((60, 60, 60), (255, 255, 255))
-    edge = side * 0.02
-    for text, place, anchor in (
-        ("R", (edge, side / 2), "lm"),
-        ("L", (side - edge, side / 2), "rm"),
-        ("A", (side / 2, edge), "ma"),
-        ("P", (side / 2, side - edge), "md"),
-    ):
-        draw.text(place, text, ink, letters, anchor, stroke_width=2, stroke_fill=back)
-    for text, place, anchor in (
-        (note.top, (edge, edge), "la"),
-        (NOTICE.upper(), (edge, side - edge), "ld"),
-        (note.bottom, (side - edge, side - edge), "rd"),
-    ):
-        draw.text(place, text, ink, small, anchor, stroke_width=1, stroke_fill=back)
-    if note.range_hu is not None:
-        ramp = np.linspace(-1, 1, side // 3)[None].repeat(side // 40, axis=0)
-        corner = (side - side // 3 - int(edge), int(side * 0.9))
-        image.paste(Image.fromarray(difference_rgb(ramp, 1)), corner)
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)  # sent to a browser on the same machine: fast before small
-    return file.getvalue()
+IMAGE_PANELS = {"rmse_hu": "RMSE (HU)", "psnr": "PSNR (dB)", "ssim": "SSIM"}
 
 
 # ---------------------------------------------------------------- words
@@ -373,7 +262,7 @@ class Series(NamedTuple):
     image: np.ndarray  # (S, n, n) int16 HU
     truth: np.ndarray | None  # (S, n, n) int16 HU without noise
     lesions: np.ndarray | None  # (S, n, n) uint8 classes
-    head: np.ndarray  # (S, n, n) bool
+    inside: np.ndarray  # (S, n, n) bool, where image quality is measured
 
     @property
     def reference(self) -> np.ndarray:
@@ -381,8 +270,9 @@ class Series(NamedTuple):
         return self.image if self.truth is None else self.truth
 
 
-def read_series(folder: Path, size: int | None) -> Series:
-    """Read a prepared series. size: of the square matrix; None for the longer side of its own.
+def read_series(folder: Path, size: int | None, mask: str) -> Series:
+    """Read a prepared series. size: of the square matrix; None for the longer side of its own. mask: a key
+    of anatomy.MASKS.
 
     Raises InputError naming the file that is damaged, or for windowed 8-bit images."""
     metadata = read_metadata(folder)
@@ -410,7 +300,7 @@ def read_series(folder: Path, size: int | None) -> Series:
             image=volumes["image"],
             truth=volumes.get("truth"),
             lesions=volumes.get("mask"),
-            head=anatomy.head_mask(reference, (spacing[0], pixel_mm, pixel_mm)),
+            inside=anatomy.MASKS[mask](reference, (spacing[0], pixel_mm, pixel_mm)),
         )
     except stage.StageError:
         raise
@@ -419,8 +309,8 @@ def read_series(folder: Path, size: int | None) -> Series:
 
 
 @st.cache_resource(show_spinner="Reading the series ...", max_entries=4)
-def load_series(metadata_file: Stamp, size: int | None) -> Series:
-    return read_series(Path(metadata_file.path).parent, size)
+def load_series(metadata_file: Stamp, size: int | None, mask: str) -> Series:
+    return read_series(Path(metadata_file.path).parent, size, mask)
 
 
 @st.cache_resource(show_spinner="Loading the networks ...", max_entries=16)
@@ -764,12 +654,12 @@ def scan_page(folders: Folders) -> None:
         return
     device = pick_device(folders.device)
     denoiser, classifiers = find_checkpoints(folders, device)
-    seed = study_seed(folders)
+    seed, mask = study_settings(folders)
     folder = choose_series(splits)
     found = [*([denoiser] if denoiser else []), *classifiers]
     size = found[0].facts["size"] if found else None
     file = stamp(folder / "metadata.json")
-    series = load_series(file, size)
+    series = load_series(file, size, mask)
     with control_row():
         noise = choose_dose(found, seed)
         window = choose_window()
@@ -786,7 +676,7 @@ def scan_page(folders: Folders) -> None:
     against = "the full dose" if series.truth is None else "the noise-free truth"
     st.caption(
         f"All images at {sides} (this series has {series.matrix[0]} x {series.matrix[1]}). The noise is that "
-        f"of the study: seed {noise.seed}, this series, slice and dose. RMSE inside the head, against "
+        f"of the study: seed {noise.seed}, this series, slice and dose. RMSE inside the {mask}, against "
         f"{against}."
     )
     show_scores(series, place, noise, arms_of(denoiser, classifiers), device)
@@ -892,15 +782,17 @@ def choose_series(splits: dict[str, Path]) -> Path:
     return Path(name)
 
 
-def study_seed(folders: Folders) -> int:
-    """The noise seed of the results, or the study's default where there are none."""
+def study_settings(folders: Folders) -> tuple[int, str]:
+    """Noise seed and mask of the results, or the study's defaults where there are none."""
     path = folders.results / "experiments.json"
     if path.exists():
         try:
-            return int(load_results(stamp(path))[1]["noise_seed"].iloc[0])
+            first = load_results(stamp(path))[1].iloc[0]
+            if first["mask"] in anatomy.MASKS:
+                return int(first["noise_seed"]), first["mask"]
         except stage.StageError as error:
             st.warning(plain_text(f"{error}; noise seed {NOISE_SEED} is used"))
-    return NOISE_SEED
+    return NOISE_SEED, anatomy.DEFAULT_MASK
 
 
 def choose_dose(found: Sequence[Checkpoint], seed: int) -> Noise:
@@ -1002,7 +894,7 @@ def show_views(
 ) -> None:
     """Full dose, low dose, denoised and difference side by side, with their errors."""
     affine = series.affine
-    reference, head = series.reference[index], series.head[index]
+    reference, inside = series.reference[index], series.inside[index]
     side = max(VIEW_PX, len(images.full))
     number = f"{index + 1}/{len(series.image)}"
     lesions = radiological(series.lesions[index], affine) if display.outlines else None
@@ -1017,7 +909,7 @@ def show_views(
         return picture(np.repeat(shown[..., None], 3, axis=2), note)
 
     def error(hu: np.ndarray) -> str:
-        return f"RMSE **{metrics.shown(metrics.rmse_hu(hu, reference, head), 2)} HU**"
+        return f"RMSE **{metrics.shown(metrics.rmse_hu(hu, reference, inside), 2)} HU**"
 
     views = [
         (

@@ -45,6 +45,12 @@ def unwindow_hu(scaled, center: float, width: float):
     return scaled * width + (center - width / 2)
 
 
+def soft_window_hu(hu: torch.Tensor, center: float, width: float) -> torch.Tensor:
+    """A window without ends: linear inside center +- width / 2, logarithmic beyond, so that bone and air stay
+    apart and finite. -1 and 1 of the linear part are the window's ends."""
+    return torch.asinh((hu - center) / (width / 2))
+
+
 # ---------------------------------------------------------------- labels and tasks
 
 

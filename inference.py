@@ -9,6 +9,14 @@ from torch import nn
 import checkpoints
 from dataset import to_tensor
 
+# Pipelines by what a classifier was trained on: (on the low dose itself, after the denoiser)
+PIPELINES = {"clean": ("1", "2"), "noisy": ("1n", None), "denoised": (None, "2d")}
+LEGEND = {
+    "1": "low dose -> classifier trained on clean slices",
+    "1n": "low dose -> classifier trained on noisy slices",
+    "2": "low dose -> denoiser -> classifier trained on clean slices",
+    "2d": "low dose -> denoiser -> classifier trained on denoised slices",
+}
 PIXELS_AT_ONCE = 2**20  # 16 slices of 256 x 256: a few hundred MB of activations in the U-Net
 
 

@@ -35,8 +35,13 @@ def psnr_db(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float
 
     Infinite for equal images, NaN if the mask is empty."""
     low, high = RANGE_HU
-    error = mse_hu2(image.clip(low, high), reference.clip(low, high), mask)
-    return math.inf if error == 0 else 10 * math.log10((high - low) ** 2 / error)
+    return float(psnr_of(mse_hu2(image.clip(low, high), reference.clip(low, high), mask)))
+
+
+def psnr_of(mse: np.ndarray | float) -> np.ndarray:
+    """Mean squared error in HU^2 of images clipped to RANGE_HU -> PSNR in dB; infinite for 0."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10((RANGE_HU[1] - RANGE_HU[0]) ** 2 / np.asarray(mse, np.float64))
 
 
 def ssim(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
@@ -62,6 +67,27 @@ IMAGE_METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] 
     "ssim": ssim,
     "rmse_hu": rmse_hu,
 }
+
+
+def image_quality(
+    images: np.ndarray, reference: np.ndarray, masks: np.ndarray, patients: np.ndarray
+) -> dict[str, float]:
+    """rmse_hu, psnr, ssim and mse inside masks: the mean over patients of each patient's mean over slices.
+
+    images, reference, masks: (N, H, W); patients: (N,). Slices with an empty mask count for nothing. PSNR is
+    that of a patient's mean squared error: of single slices it may be infinite, where nothing of the slice
+    lies inside RANGE_HU."""
+    low, high = RANGE_HU
+    triples = list(zip(images, reference, masks, strict=True))
+    errors = np.array([mse_hu2(*triple) for triple in triples])
+    clipped = np.array([mse_hu2(a.clip(low, high), b.clip(low, high), mask) for a, b, mask in triples])
+    per_patient = np.array([np.nanmean(clipped[patients == patient]) for patient in np.unique(patients)])
+    return {
+        "rmse_hu": mean_over_patients(np.sqrt(errors), patients),
+        "psnr": float(np.mean(psnr_of(per_patient))),
+        "ssim": mean_over_patients([ssim(*triple) for triple in triples], patients),
+        "mse": mean_over_patients(errors, patients),
+    }
 
 
 def shown(value: float | None, digits: int = 3) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import window_hu
+from dataset import soft_window_hu, window_hu
 
 BRAIN_WINDOW = (40.0, 80.0)  # centre and width in HU: the window in which head CT is read
 
@@ -29,12 +29,12 @@ class UNetDenoiser(nn.Module):
     """U-Net that predicts the noise of a slice and takes it away.
 
     widths: channels per level, (64, 128, 256) in the paper. Input and output (B, 1, H, W) HU of any H and W:
-    the slice is padded to a multiple of the coarsest level and cropped again. Nothing saturates; an untrained
-    network returns its input. window: centre and width that scale HU to about +-2 inside, without clipping.
+    the slice is padded to a multiple of the coarsest level and cropped again. It is seen through a window
+    without ends and the noise is unbounded, so nothing saturates; an untrained network returns its input.
     Source: Ronneberger et al. 2015; the residual form is Zhang et al. 2017 (DnCNN)."""
 
     def __init__(
-        self, widths: Sequence[int] = (64, 128, 256), window: tuple[float, float] = (40.0, 400.0)
+        self, widths: Sequence[int] = (64, 128, 256), window: tuple[float, float] = (40.0, 100.0)
     ) -> None:
         super().__init__()
         self.window = tuple(window)
@@ -47,14 +47,18 @@ class UNetDenoiser(nn.Module):
         )
         self.decoders = nn.ModuleList(_double_conv(2 * flat, flat) for flat in widths[-2::-1])
         self.head = nn.Conv2d(widths[0], 1, 1)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                # without batch norm the usual small start would hide the noise behind ten layers
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
         height, width = hu.shape[-2:]
         step = 2 ** len(self.ups)
         x = F.pad(hu, (0, -width % step, 0, -height % step), mode="replicate")
-        x = window_hu(x, *self.window, clip=False)
+        x = soft_window_hu(x, *self.window)
         skips = []
         for encoder in self.encoders[:-1]:
             x = encoder(x)
@@ -63,7 +67,7 @@ class UNetDenoiser(nn.Module):
         x = self.encoders[-1](x)
         for up, decoder in zip(self.ups, self.decoders, strict=True):
             x = decoder(torch.cat([up(x), skips.pop()], dim=1))
-        noise_hu = self.head(x).float() * self.window[1]
+        noise_hu = self.head(x).float() * (self.window[1] / 2)
         return hu - noise_hu[..., :height, :width]
 
 

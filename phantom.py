@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import fft, ndimage
 
+from anatomy import LESION_CLASSES
 from dose import reconstruction_noise
 
-LESION_CLASSES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "ischemia")
 HEMORRHAGES = LESION_CLASSES[:5]
 
 AIR, FAT, SKIN, MUSCLE = -1000.0, -95.0, 25.0, 58.0  # HU at 120 kV, as all below

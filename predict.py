@@ -3,6 +3,7 @@
 Reads:   --input, a folder with one or more DICOM head CT series; <models>/denoiser.pt and classifier.pt
 Writes:  <out>/<series_uid>/denoised.nii.gz, prediction.json, contact_sheet.png
 Example: python predict.py --input /data/one_patient --out predictions
+         python predict.py --input /data/one_patient --out predictions --dose 5
 
 The classifier sees the scan as it learned to: at its own matrix, and denoised first if it was trained on
 denoised slices. Research use only."""
@@ -10,16 +11,20 @@ denoised slices. Research use only."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
+import anatomy
 import checkpoints
+import metrics
 import stage
 import training
-from dataset import fit_to_square
+from dataset import evaluation_seed, fit_to_square, low_dose, to_tensor
+from display import NOTICE, radiological
+from dose import DOSE_MODELS
 from inference import classify, denoise, load_classifier, load_denoiser
-from metrics import scan_scores
 from models import BRAIN_WINDOW
 from scans import AIR_HU, READERS, Scan, ScanError, read_scan, write_nifti
 
@@ -28,6 +33,14 @@ from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen 
 
 SHEET_COLUMNS = 7  # four rows for a routine scan of 28 slices
 SHEET_SLICES = 42  # of a longer scan evenly spaced ones are shown
+
+
+class Dose(NamedTuple):
+    """A dose to simulate, and the seed of its noise."""
+
+    model: str
+    value: float
+    seed: int
 
 
 def get_parser() -> stage.StageParser:
@@ -39,14 +52,25 @@ def get_parser() -> stage.StageParser:
     )
     parser.add_argument("--denoiser", type=Path, help="checkpoint (default: denoiser.pt in --models)")
     parser.add_argument("--classifier", type=Path, help="checkpoint (default: classifier.pt in --models)")
+    parser.add_argument(
+        "--dose", type=float, help="first simulate this dose, and measure what the denoiser gives back"
+    )
+    parser.add_argument(
+        "--dose-model", choices=sorted(DOSE_MODELS), help="for --dose (default: as the denoiser was trained)"
+    )
+    parser.add_argument(
+        "--seed", type=stage.natural_int, default=42, help="of the simulated noise (default: 42)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
 
-def contact_sheet(path: Path, scan: Scan, denoised: np.ndarray, scores: np.ndarray, name: str) -> None:
-    """PNG of the scan above its denoised version, brain window, each slice with number and probability.
-
-    Patient's right at the left, as in a viewer, when the affine says that columns run to the left."""
+def contact_sheet(path: Path, result: Reading, scan: Scan) -> None:
+    """PNG of the input above its denoised version, brain window, each slice with number and probability, the
+    patient's right at the left edge."""
+    name, scores = result.facts["class"], [entry["probability"] for entry in result.facts["slices"]]
+    row_mm, column_mm = scan.spacing_mm[1:]
+    turned = abs(scan.affine[1, 0]) > abs(scan.affine[0, 0])  # its columns run from front to back
     chosen = np.unique(np.linspace(0, len(scan.hu) - 1, min(SHEET_SLICES, len(scan.hu))).round().astype(int))
     columns = min(SHEET_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -54,7 +78,7 @@ def contact_sheet(path: Path, scan: Scan, denoised: np.ndarray, scores: np.ndarr
         2 * rows, columns, figsize=(1.7 * columns, 3.5 * rows), squeeze=False, facecolor="black"
     )
     center, width = BRAIN_WINDOW
-    for half, volume in enumerate((scan.hu, denoised)):
+    for half, volume in enumerate((result.given, result.denoised)):
         for place in range(rows * columns):
             axis = axes[half * rows + place // columns][place % columns]
             axis.axis("off")
@@ -62,33 +86,59 @@ def contact_sheet(path: Path, scan: Scan, denoised: np.ndarray, scores: np.ndarr
                 continue
             index = chosen[place]
             axis.imshow(
-                volume[index],
+                radiological(volume[index], scan.affine),
                 cmap="gray",
                 vmin=center - width / 2,
                 vmax=center + width / 2,
-                aspect=scan.spacing_mm[1] / scan.spacing_mm[2],
+                aspect=column_mm / row_mm if turned else row_mm / column_mm,
             )
             title = f"{index + 1}/{len(scan.hu)}"
             title += f"  {name} {scores[index]:.2f}" if half == 0 else "  denoised"
             axis.set_title(title, color="white", fontsize=6, pad=2)
     window = f"brain window, centre {center:g}, width {width:g} HU"
-    figure.suptitle(
-        f"as scanned above, denoised below; {window}; RESEARCH USE ONLY", color="white", fontsize=8
-    )
+    figure.suptitle(f"given above, denoised below; {window}; {NOTICE.upper()}", color="white", fontsize=8)
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.95, 0.02, 0.12)
     with stage.atomic_write(path, "wb") as file:
         figure.savefig(file, dpi=110, format="png", facecolor="black")
     plt.close(figure)
 
 
-def predict(scan: Scan, denoiser, classifier, facts: dict) -> tuple[np.ndarray, dict]:
-    """(denoised volume (S, H, W) HU at the scan's own matrix, prediction as JSON types)."""
-    denoised = denoise(denoiser, scan.hu)
-    small = fit_to_square(scan.hu, scan.spacing_mm, facts["size"], AIR_HU)
+class Reading(NamedTuple):
+    """What predict makes of a scan. given, denoised: (S, H, W) HU; facts: JSON types."""
+
+    given: np.ndarray
+    denoised: np.ndarray
+    facts: dict
+
+
+def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) -> Reading:
+    """Denoise a scan at its own matrix and classify its slices. dose: simulated first, if any."""
+    given, quality = scan.hu, None
+    if dose is not None:
+        seeds = [
+            evaluation_seed(dose.seed, scan.series_uid, index, dose.model, dose.value)
+            for index in range(len(scan.hu))
+        ]
+        values = [dose.value] * len(seeds)
+        given = low_dose(to_tensor(scan.hu), dose.model, values, seeds)[:, 0].numpy()
+    denoised = denoise(denoiser, given)
+    denoised[scan.hu == AIR_HU] = AIR_HU  # what was never measured stays so
+    if dose is not None:
+        brain = anatomy.MASKS[anatomy.DEFAULT_MASK](scan.hu, scan.spacing_mm)
+        patients = np.zeros(len(scan.hu))
+        quality = {
+            "dose_model": dose.model,
+            "dose": dose.value,
+            "mask": anatomy.DEFAULT_MASK,
+            "reference": "the scan before simulation",
+            "noisy": metrics.image_quality(given, scan.hu, brain, patients),
+            "denoised": metrics.image_quality(denoised, scan.hu, brain, patients),
+        }
+    small = fit_to_square(given, scan.spacing_mm, facts["size"], AIR_HU)
     if facts["input"] == "denoised":
         small = denoise(denoiser, small)
     scores = classify(classifier, small)[:, 0].astype(np.float64)
-    scan_score = float(scan_scores(scores, np.zeros(len(scores), int))[0])
+    scan_score = float(metrics.scan_scores(scores, np.zeros(len(scores), int))[0])
     thresholds = facts["thresholds"]
     result = {
         "series_uid": scan.series_uid,
@@ -109,9 +159,10 @@ def predict(scan: Scan, denoiser, classifier, facts: dict) -> tuple[np.ndarray, 
         "spacing_mm": scan.spacing_mm,
         "gantry_tilt_deg": scan.gantry_tilt_deg,
         "noise_hu": scan.noise_hu,
+        "low_dose": quality,
         "note": "research use only; not a medical device",
     }
-    return denoised, result
+    return Reading(given, denoised, result)
 
 
 def _call(score: float, threshold: dict) -> dict:
@@ -126,8 +177,14 @@ def main(argv: list[str] | None = None) -> None:
         raise stage.InputError(f"{args.input}: no such folder (--input needs one with DICOM files)")
     denoiser_path = args.denoiser or args.models / "denoiser.pt"
     classifier_path = args.classifier or args.models / "classifier.pt"
-    denoiser, _ = load_denoiser(denoiser_path, device)
+    denoiser, trained = load_denoiser(denoiser_path, device)
     classifier, facts = load_classifier(classifier_path, device)
+    dose = None
+    if args.dose is not None:
+        dose = Dose(args.dose_model or trained["dose_model"], args.dose, args.seed)
+        DOSE_MODELS[dose.model].check(dose.value)
+    elif args.dose_model is not None:
+        raise stage.InputError("--dose-model: says how --dose is simulated (give --dose, or leave it out)")
     jobs, rejected = READERS["dicom"].discover(args.input)
     for entry in rejected:
         stage.log.info("left out %s: %s", entry.file, entry.reason)
@@ -140,20 +197,25 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(str(error))
             stage.log.warning("left out %s", error)
             continue
-        denoised, result = predict(scan, denoiser, classifier, facts)
+        reading = predict(scan, denoiser, classifier, facts, dose)
         folder = args.out / scan.series_uid
         folder.mkdir(parents=True, exist_ok=True)
-        hu = denoised.round().clip(-32768, 32767).astype(np.int16)
+        hu = reading.denoised.round().clip(-32768, 32767).astype(np.int16)
         even = write_nifti(folder / "denoised.nii.gz", hu, scan.affine, scan.positions_mm)
-        scores = np.array([entry["probability"] for entry in result["slices"]])
-        contact_sheet(folder / "contact_sheet.png", scan, denoised, scores, result["class"])
-        result |= {"models": models, "nifti_resampled_to_even_gaps": even}
+        contact_sheet(folder / "contact_sheet.png", reading, scan)
+        result = reading.facts | {"models": models, "nifti_resampled_to_even_gaps": even}
         stage.write_json(folder / "prediction.json", result)
         verdict = {True: "above", False: "below", None: "no"}[result["scan"]["positive"]]
         stage.say(
             f"{folder}: {len(scan.hu)} slices, tilt {scan.gantry_tilt_deg:.1f} deg, "
             f"{result['class']} probability {result['scan']['probability']:.3f} ({verdict} threshold)"
         )
+        if dose is not None:
+            before, after = (result["low_dose"][name]["rmse_hu"] for name in ("noisy", "denoised"))
+            stage.say(
+                f"  {dose.model} {dose.value:g}: RMSE to the scan inside the {anatomy.DEFAULT_MASK} "
+                f"{before:.2f} HU, denoised {after:.2f} HU"
+            )
     if len(failed) == len(jobs):
         reason = failed[0] if failed else rejected[0].reason if rejected else "it holds no files"
         raise stage.InputError(f"{args.input}: no usable CT series ({reason})")

@@ -27,7 +27,7 @@ import stage
 import training
 from dataset import Pack, check_doses, evaluation_input, load_pack, task_targets
 from dose import DOSE_MODELS
-from inference import classify, denoise, load_classifier, load_denoiser
+from inference import LEGEND, PIPELINES, classify, denoise, load_classifier, load_denoiser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
@@ -46,17 +46,10 @@ COLUMNS = (
     "range_hu",
     "mask",
 )
-PIPELINES = {"clean": ("1", "2"), "noisy": ("1n", None), "denoised": (None, "2d")}
-LEGEND = {
-    "1": "low dose -> classifier trained on clean slices",
-    "1n": "low dose -> classifier trained on noisy slices",
-    "2": "low dose -> denoiser -> classifier trained on clean slices",
-    "2d": "low dose -> denoiser -> classifier trained on denoised slices",
-}
 
 
-class Classifier(NamedTuple):
-    """A classifier and what its checkpoint says."""
+class Network(NamedTuple):
+    """A denoiser or classifier, and what its checkpoint says."""
 
     path: Path
     network: nn.Module
@@ -78,11 +71,17 @@ def get_parser() -> stage.StageParser:
     parser.add_argument(
         "--seed", type=stage.natural_int, default=42, help="of noise and bootstrap (default: 42)"
     )
+    parser.add_argument(
+        "--mask",
+        choices=sorted(anatomy.MASKS),
+        default=anatomy.DEFAULT_MASK,
+        help=f"where image quality is measured (default: {anatomy.DEFAULT_MASK})",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
 
-def load_models(args, device) -> tuple[tuple[Path, nn.Module, dict] | None, list[Classifier], list[str]]:
+def load_models(args, device) -> tuple[Network | None, list[Network], list[str]]:
     """What there is to measure: (denoiser or None, classifiers, what is left out and why).
 
     A checkpoint that was named must be there; a default one that is missing is left out."""
@@ -90,13 +89,13 @@ def load_models(args, device) -> tuple[tuple[Path, nn.Module, dict] | None, list
     path = args.denoiser or args.models / "denoiser.pt"
     denoiser = None
     if args.denoiser or path.exists():
-        denoiser = (path, *load_denoiser(path, device))
+        denoiser = Network(path, *load_denoiser(path, device))
     else:
         left_out.append(f"{path} is missing: no denoising, no pipeline 2 (run train_denoiser.py)")
     paths = args.classifiers or sorted(
         path for path in args.models.glob("classifier*.pt") if not path.name.endswith(".last.pt")
     )
-    classifiers = [Classifier(path, *load_classifier(path, device)) for path in paths]
+    classifiers = [Network(path, *load_classifier(path, device)) for path in paths]
     if not classifiers:
         left_out.append(
             f"{args.models}/classifier.pt is missing: no pipeline 1 and 2 (run train_classifier.py)"
@@ -119,18 +118,7 @@ def agree(facts: list[tuple[Path, dict]], key: str):
     return first[key]
 
 
-def image_quality(images: np.ndarray, reference: np.ndarray, masks: np.ndarray, patients) -> dict[str, float]:
-    """Every IMAGE_METRICS entry inside masks, averaged over slices of a patient, then over patients."""
-    rows = [row for row in range(len(images)) if masks[row].any()]
-    return {
-        name: metrics.mean_over_patients(
-            np.array([metric(images[row], reference[row], masks[row]) for row in rows]), patients[rows]
-        )
-        for name, metric in metrics.IMAGE_METRICS.items()
-    }
-
-
-def classification_rows(pack: Pack, classifier: Classifier, images: np.ndarray, seed: int) -> list[dict]:
+def classification_rows(pack: Pack, classifier: Network, images: np.ndarray, seed: int) -> list[dict]:
     """Metrics of a classifier on images (N, H, W) HU: one dict for slices, one for scans (largest slice)."""
     facts = classifier.facts
     targets = task_targets(facts["task"], pack.labels, facts["assume_absent"])[:, 0]
@@ -155,21 +143,28 @@ def classification_rows(pack: Pack, classifier: Classifier, images: np.ndarray, 
 
 
 def measure(
-    pack: Pack, denoiser, classifiers: list[Classifier], dose_model: str, doses, seed: int
+    pack: Pack,
+    denoiser: Network | None,
+    classifiers: list[Network],
+    dose_model: str,
+    doses: list[float],
+    *,
+    mask: str,
+    seed: int,
 ) -> list[dict]:
     """One row per dose, arm and level, in COLUMNS. Doses from low to high, arms in the order of LEGEND."""
     reference = pack.image if pack.truth is None else pack.truth
-    heads = pack.masks(anatomy.head_mask)
+    inside = pack.masks(anatomy.MASKS[mask])
     patients = pack.patient_ids()
     low, high = metrics.RANGE_HU
     rows = []
     for dose in stage.progress(sorted(doses), desc="doses", unit="dose"):
         noisy = evaluation_input(pack, range(len(pack)), dose_model, [dose] * len(pack), seed)
-        before = image_quality(noisy, reference, heads, patients)
+        before = metrics.image_quality(noisy, reference, inside, patients)
         after, denoised = before, None
         if denoiser is not None:
-            denoised = denoise(denoiser[1], noisy)
-            after = image_quality(denoised, reference, heads, patients)
+            denoised = denoise(denoiser.network, noisy)
+            after = metrics.image_quality(denoised, reference, inside, patients)
         common = {
             "dose_model": dose_model,
             "dose": dose,
@@ -179,16 +174,16 @@ def measure(
             "n_patients": len(np.unique(patients)),
             "n_slices": len(pack),
             "range_hu": f"{low:g}..{high:g}",
-            "mask": "head",
+            "mask": mask,
             **{f"{name}_noisy": value for name, value in before.items()},
         }
         if denoiser is not None and not any(PIPELINES[c.facts["input"]][1] for c in classifiers):
-            rows.append(common | {"arm": "denoised", "denoiser": denoiser[0].name, **after})
+            rows.append(common | {"arm": "denoised", "denoiser": denoiser.path.name, **after})
         for classifier in classifiers:
             direct, through = PIPELINES[classifier.facts["input"]]
             arms = [(direct, noisy, before, None)] if direct else []
             if through and denoised is not None:
-                arms.append((through, denoised, after, denoiser[0].name))
+                arms.append((through, denoised, after, denoiser.path.name))
             for arm, images, quality, name in arms:
                 for found in classification_rows(pack, classifier, images, seed):
                     about = {
@@ -280,7 +275,7 @@ def write_figures(out: Path, rows: list[dict], unit: str) -> list[Path]:
         plot(written[-1], slices, panels, unit)
     written.append(out / "image_quality.png")
     panels = {
-        "rmse_hu": "RMSE inside the head (HU)",
+        "rmse_hu": f"RMSE inside the {rows[0]['mask']} (HU)",
         "psnr": f"PSNR, {rows[0]['range_hu']} HU (dB)",
         "ssim": f"SSIM, {rows[0]['range_hu']} HU",
     }
@@ -301,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     denoiser, classifiers, left_out = load_models(args, device)
     facts = [(c.path, c.facts) for c in classifiers]
     if denoiser is not None:
-        facts.insert(0, (denoiser[0], denoiser[2]))
+        facts.insert(0, (denoiser.path, denoiser.facts))
     dose_model = args.dose_model or facts[0][1]["dose_model"]
     doses = check_doses(dose_model, args.doses)
     pack = load_pack(args.data, "test", agree(facts, "size"))
@@ -310,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{facts[0][0]}: was trained on another split than {args.data}/splits.json, which may have had "
             "these test patients in it (train again)"
         )
-    rows = measure(pack, denoiser, classifiers, dose_model, doses, args.seed)
+    rows = measure(pack, denoiser, classifiers, dose_model, doses, mask=args.mask, seed=args.seed)
     manifest = {
         "data": str(args.data),
         "split_hash": pack.split_hash,
@@ -326,8 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     reference = "the image" if pack.truth is None else "the noise-free truth"
     stage.say(
         f"{rows[0]['n_patients']} test patients, {rows[0]['n_slices']} slices, dose model {dose_model}. "
-        f"Image quality inside the head against {reference}, PSNR and SSIM over {rows[0]['range_hu']} HU. "
-        "AUC with 95 % intervals from a bootstrap over patients."
+        f"Image quality inside the {args.mask} against {reference}, PSNR and SSIM over "
+        f"{rows[0]['range_hu']} HU. AUC with 95 % intervals from a bootstrap over patients."
     )
     print_table(rows)
     for arm in sorted({row["arm"] for row in rows} & set(LEGEND)):

@@ -131,11 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     device = training.pick_device(args.device)
     precision = training.pick_precision(args.precision, device)
     doses = check_doses(args.dose_model, args.doses)
-    denoiser, parents = None, {}
+    denoiser, parents, hashes = None, {}, {}
     if args.input == "denoised":
         path = args.denoiser or args.out / "denoiser.pt"
         denoiser, _ = load_denoiser(path, device)
-        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
+        hashes["denoiser_sha256"] = checkpoints.file_sha256(path)
+        parents["denoiser"] = {"path": path.name, "sha256": hashes["denoiser_sha256"]}
     elif args.denoiser is not None:
         raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
     size = args.size or native_size(args.data)
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
                     "seed": args.seed,
                 },
                 paths=paths,
-                config=training.run_config(args),
+                config=training.run_config(args, split_hash=train.split_hash, **hashes),
                 epochs=args.epochs,
                 lr=args.lr,
                 weight_decay=args.weight_decay,

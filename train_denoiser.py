@@ -52,7 +52,7 @@ def get_parser() -> stage.StageParser:
 
 
 def validator(pack: Pack, dose_model: str, doses: list[float]) -> Callable[[torch.nn.Module], dict]:
-    """validate(model) -> HU-RMSE inside the head, denoised and noisy, each slice at one of the doses in turn.
+    """validate(model) -> HU-RMSE inside the brain, denoised and noisy, each slice at one dose in turn.
 
     Scored against the noise-free truth where there is one, else against the slice before simulation."""
     rows = np.arange(len(pack))
@@ -60,11 +60,11 @@ def validator(pack: Pack, dose_model: str, doses: list[float]) -> Callable[[torc
         pack, rows, dose_model, [doses[row % len(doses)] for row in rows], VALIDATION_SEED
     )
     reference = pack.image if pack.truth is None else pack.truth
-    heads = pack.masks(anatomy.head_mask)
+    inside = pack.masks(anatomy.MASKS[anatomy.DEFAULT_MASK])
     patients = pack.patient_ids()
 
     def rmse(images: np.ndarray) -> float:
-        values = [metrics.rmse_hu(images[row], reference[row], heads[row]) for row in rows]
+        values = [metrics.rmse_hu(images[row], reference[row], inside[row]) for row in rows]
         return metrics.mean_over_patients(np.array(values), patients)
 
     before = rmse(noisy)
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
                     "seed": args.seed,
                 },
                 paths=paths,
-                config=training.run_config(args),
+                config=training.run_config(args, split_hash=train.split_hash),
                 epochs=args.epochs,
                 lr=args.lr,
                 select=("rmse_hu", "min"),
@@ -129,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
             )
     if place.rank == 0:
         stage.say(
-            f"{paths.best}: epoch {best['epoch']}, validation RMSE {best['rmse_hu']:.2f} HU inside the head, "
-            f"{best['rmse_hu_noisy']:.2f} HU before denoising"
+            f"{paths.best}: epoch {best['epoch']}, validation RMSE inside the brain "
+            f"{best['rmse_hu']:.2f} HU, {best['rmse_hu_noisy']:.2f} HU before denoising"
         )
 
 

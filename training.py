@@ -120,12 +120,15 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-NOT_CONFIG = ("debug", "data", "out", "name", "device", "resume", "overwrite")
+NOT_CONFIG = ("debug", "data", "out", "name", "denoiser", "device", "resume", "overwrite")
 
 
-def run_config(args: argparse.Namespace) -> dict:
-    """What decides a run's result, as JSON types: what a resumed run must share with its beginning."""
-    return {key: stage.plain(value) for key, value in sorted(vars(args).items()) if key not in NOT_CONFIG}
+def run_config(args: argparse.Namespace, **more: str) -> dict:
+    """What decides a run's result, as JSON types: what a resumed run must share with its beginning.
+
+    more: what stands behind the paths among args, such as the hash of a split."""
+    options = {key: stage.plain(value) for key, value in sorted(vars(args).items()) if key not in NOT_CONFIG}
+    return options | more
 
 
 class World(NamedTuple):

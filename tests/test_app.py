@@ -17,6 +17,7 @@ import anatomy
 import app
 import checkpoints
 import dataset
+import display
 import metrics
 import models
 import run_experiments
@@ -178,19 +179,19 @@ def full(tmp_path_factory) -> Path:
 
 def test_to_grey_at_window_edges_and_centre_is_black_white_and_middle():
     hu = np.array([[-1000.0, 0.0, 40.0, 80.0, 3000.0]])
-    assert app.to_grey(hu, 40, 80).tolist() == [[0, 0, 128, 255, 255]]  # 127.5 rounds to even
-    assert app.to_grey(hu, 40, 80).dtype == np.uint8
+    assert display.to_grey(hu, 40, 80).tolist() == [[0, 0, 128, 255, 255]]  # 127.5 rounds to even
+    assert display.to_grey(hu, 40, 80).dtype == np.uint8
 
 
 def test_difference_rgb_at_zero_and_range_is_white_blue_and_red():
-    rgb = app.difference_rgb(np.array([[-20.0, 0.0, 20.0, -500.0, 500.0]]), 20)
+    rgb = display.difference_rgb(np.array([[-20.0, 0.0, 20.0, -500.0, 500.0]]), 20)
     assert rgb.dtype == np.uint8
     assert rgb[0].tolist() == [
-        list(app.LOW_RGB),
+        list(display.LOW_RGB),
         [255, 255, 255],
-        list(app.HIGH_RGB),
-        list(app.LOW_RGB),
-        list(app.HIGH_RGB),
+        list(display.HIGH_RGB),
+        list(display.LOW_RGB),
+        list(display.HIGH_RGB),
     ]
     assert rgb[0, 0, 2] > rgb[0, 0, 0] and rgb[0, 2, 0] > rgb[0, 2, 2]  # blue below zero, red above
 
@@ -198,7 +199,7 @@ def test_difference_rgb_at_zero_and_range_is_white_blue_and_red():
 def test_difference_rgb_away_from_zero_grows_darker():
     values = np.linspace(0, 30, 31)[None]
     for sign in (-1, 1):
-        brightness = app.difference_rgb(sign * values, 30).astype(int).sum(axis=-1)[0]
+        brightness = display.difference_rgb(sign * values, 30).astype(int).sum(axis=-1)[0]
         assert (np.diff(brightness) < 0).all()
 
 
@@ -216,20 +217,20 @@ def test_radiological_from_any_orientation_gives_the_same_view(flip_columns, fli
         stored, columns_to, rows_to = stored.T, rows_to, columns_to
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = 0.5 * columns_to, 0.5 * rows_to
-    assert np.array_equal(app.radiological(stored, affine), view)
+    assert np.array_equal(display.radiological(stored, affine), view)
     colours = np.stack([stored] * 3, axis=-1)
-    assert np.array_equal(app.radiological(colours, affine)[..., 1], view)
+    assert np.array_equal(display.radiological(colours, affine)[..., 1], view)
 
 
 def test_draw_outlines_of_a_square_is_around_it_and_not_on_it():
     lesions = np.zeros((64, 64), np.uint8)
     lesions[20:30, 40:50] = 5
     rgb = np.zeros((512, 512, 3), np.uint8)
-    drawn = app.draw_outlines(rgb, lesions).any(axis=-1)
+    drawn = display.draw_outlines(rgb, lesions).any(axis=-1)
     assert not rgb.any()
     assert not drawn[160:240, 320:400].any()
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
-    width = app.OUTLINE_PX
+    width = display.OUTLINE_PX
     assert (rows[0], rows[-1]) == (160 - width, 239 + width)
     assert (columns[0], columns[-1]) == (320 - width, 399 + width)
 
@@ -237,17 +238,17 @@ def test_draw_outlines_of_a_square_is_around_it_and_not_on_it():
 def test_enlarge_of_a_mask_stays_sharp_and_of_a_large_image_changes_nothing():
     mask = np.zeros((45, 45), bool)
     mask[10:20, 10:20] = True
-    large = app.enlarge(mask, 512)
+    large = display.enlarge(mask, 512)
     assert large.dtype == bool and large.shape == (512, 512)
     assert large.mean() == pytest.approx(mask.mean(), rel=0.05)  # an edge moves by half a pixel of 11
     image = np.zeros((600, 600, 3), np.uint8)
-    assert app.enlarge(image, 512) is image
+    assert display.enlarge(image, 512) is image
 
 
 @pytest.mark.parametrize("range_hu", [None, 20.0])
 def test_annotate_keeps_the_middle_of_the_image_and_is_png(range_hu):
     rgb = np.full((512, 512, 3), 90, np.uint8)
-    with Image.open(io.BytesIO(app.annotate(rgb, app.Note("1/2", "C 40 W 80", range_hu)))) as image:
+    with Image.open(io.BytesIO(display.annotate(rgb, display.Note("1/2", "C 40 W 80", range_hu)))) as image:
         assert image.format == "PNG"
         drawn = np.asarray(image)
     assert (drawn[100:220, 100:400] == 90).all()
@@ -263,8 +264,8 @@ def test_views_of_a_one_sided_lesion_show_it_at_the_same_side_in_las_and_lps(tmp
             affine[0, 0] = -4.0
             mirrored = {kind: getattr(scan, kind)[:, :, ::-1] for kind in ("hu", "truth", "mask")}
             scan = Scan(**{**{key: getattr(scan, key) for key in scan.__dataclass_fields__}, **mirrored})
-        series = app.read_series(dataset.write_scan(scan, tmp_path), SIZE)
-        seen = app.radiological(series.lesions[3], series.affine)
+        series = app.read_series(dataset.write_scan(scan, tmp_path), SIZE, "head")
+        seen = display.radiological(series.lesions[3], series.affine)
         sides.append(np.flatnonzero(seen.any(axis=0)).mean())
     assert sides[0] == sides[1] > SIZE / 2  # the patient's left is at the right edge
 
@@ -303,9 +304,7 @@ def test_arm_labels_where_classifiers_share_a_pipeline_name_them():
 # ---------------------------------------------------------------- the study and the app are the same
 
 
-def test_pipelines_of_the_app_are_those_of_the_study():
-    assert app.PIPELINES == run_experiments.PIPELINES
-    assert app.LEGEND == run_experiments.LEGEND
+def test_columns_of_the_table_are_those_of_the_study():
     assert set(app.TABLE) <= set(run_experiments.COLUMNS)
 
 
@@ -315,11 +314,11 @@ def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
     noisy = dataset.evaluation_input(pack, range(len(pack)), "calibrated", [5.0] * len(pack), 7)
     for number, folder in enumerate(dataset.series_folders(full / "data", "test")):
         rows = pack.series_of == number
-        series = app.read_series(folder, SIZE)
+        series = app.read_series(folder, SIZE, "head")
         assert np.array_equal(series.image, pack.image[rows])
         assert np.array_equal(series.reference, pack.truth[rows])
         assert np.array_equal(series.lesions, pack.mask[rows])
-        assert np.array_equal(series.head, heads[rows])
+        assert np.array_equal(series.inside, heads[rows])
         noise = app.Noise("calibrated", 5.0, 7)
         own = np.stack([app.low_dose_slice(series, index, noise) for index in range(SLICES)])
         assert np.array_equal(own, noisy[rows])

@@ -32,7 +32,7 @@ def test_no_denoiser_saturates_at_either_end(name):
         torch.nn.init.normal_(parameter, std=0.1)
     flat = torch.full((1, 1, 16, 16), 0.0)
     results = [model(flat + level).mean().item() for level in (-1024, 3071)]
-    assert results[0] < -300
+    assert results[0] < -200
     assert results[1] > 1500
 
 

@@ -84,14 +84,14 @@ def test_fit_learns_and_writes_what_the_next_stage_reads(tmp_path):
 
 def test_fit_keeps_the_best_epoch_on_validation(tmp_path):
     scores = iter([1.0, 5.0, 2.0])
-    run = fit(tmp_path, validate=lambda model: {"rmse": next(scores)})
+    run = fit(tmp_path, validate=lambda _: {"rmse": next(scores)})
     assert run.best["epoch"] == 2
     best = checkpoints.load(run.paths.best, "denoiser")["state"]
     assert not equal(best, {key: value for key, value in weights(run.paths.last).items()})
 
 
 def test_fit_whose_metric_is_never_a_number_keeps_the_last_epoch(tmp_path):
-    run = fit(tmp_path, validate=lambda model: {"rmse": float("nan")})
+    run = fit(tmp_path, validate=lambda _: {"rmse": float("nan")})
     assert run.best == {"rmse": None, "epoch": 3}
 
 
