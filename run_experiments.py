@@ -246,7 +246,7 @@ def plot(path: Path, rows: list[dict], panels: dict[str, str], unit: str) -> Non
         for arm in arms:
             own = [row for row in rows if row["arm"] == arm and row[column] is not None]
             doses, values = [row["dose"] for row in own], [row[column] for row in own]
-            (line,) = axis.plot(doses, values, "o-", label=f"{arm}: {LEGEND.get(arm, arm)}")
+            (line,) = axis.plot(doses, values, "o-", label=f"{arm}: {LEGEND[arm]}" if arm in LEGEND else arm)
             if column == "auc":
                 low, high = ([row[key] for row in own] for key in ("auc_low", "auc_high"))
                 axis.fill_between(doses, low, high, alpha=0.15, color=line.get_color(), linewidth=0)

@@ -32,7 +32,7 @@ from dataset import (
     random_doses,
     task_targets,
 )
-from inference import classify, denoise, load_denoiser
+from inference import classify, denoise, load_classifier, load_denoiser
 from losses import masked_bce_loss
 from models import CLASSIFIERS, build_model
 
@@ -46,6 +46,9 @@ def get_parser() -> stage.StageParser:
     parser.add_argument("--task", choices=sorted(TASKS), default="stroke", help="question (default: stroke)")
     parser.add_argument("--input", choices=INPUTS, default="clean", help="what it learns on (default: clean)")
     parser.add_argument("--denoiser", type=Path, help="for --input denoised (default: denoiser.pt in --out)")
+    parser.add_argument(
+        "--finetune", type=Path, help="begin with the weights of this classifier, e.g. on noisy slices"
+    )
     parser.add_argument(
         "--model", choices=sorted(CLASSIFIERS), default="resnet18", help="network (default: resnet18)"
     )
@@ -114,6 +117,15 @@ def validator(
     return validate
 
 
+def start_from(path: Path, name: str, kwargs: dict) -> tuple[dict, str]:
+    """(weights, SHA-256) of the classifier to begin with. Raises InputError if it is another network."""
+    network, facts = load_classifier(path)
+    wanted = {"name": name, "kwargs": kwargs}
+    if facts["model"] != wanted:
+        raise stage.InputError(f"--finetune {path}: is {facts['model']}, to be trained is {wanted}")
+    return network.state_dict(), checkpoints.file_sha256(path)
+
+
 def sampling(
     targets: np.ndarray, rows: np.ndarray, balance: str
 ) -> tuple[np.ndarray | None, torch.Tensor | None]:
@@ -139,6 +151,11 @@ def main(argv: list[str] | None = None) -> None:
         parents["denoiser"] = {"path": path.name, "sha256": hashes["denoiser_sha256"]}
     elif args.denoiser is not None:
         raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
+    kwargs = {"classes": list(TASKS[args.task].classes), "width": args.width}
+    start = None
+    if args.finetune is not None:
+        start, hashes["finetune_sha256"] = start_from(args.finetune, args.model, kwargs)
+        parents["finetune"] = {"path": args.finetune.name, "sha256": hashes["finetune_sha256"]}
     size = args.size or native_size(args.data)
     train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
     targets, rows = known_targets(train, "train", args.task, args.assume_absent)
@@ -162,10 +179,11 @@ def main(argv: list[str] | None = None) -> None:
         origin += f", {args.dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
     if denoiser is not None:
         images = denoise(denoiser, images)
-    kwargs = {"classes": list(TASKS[args.task].classes), "width": args.width}
     with training.world(device) as place:
         torch.manual_seed(args.seed)
         model = build_model(args.model, **kwargs)
+        if start is not None:
+            model.load_state_dict(start)
         batches = Batches(
             train,
             batch_size=args.batch_size,

@@ -120,7 +120,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-NOT_CONFIG = ("debug", "data", "out", "name", "denoiser", "device", "resume", "overwrite")
+NOT_CONFIG = ("debug", "data", "out", "name", "denoiser", "finetune", "device", "resume", "overwrite")
 
 
 def run_config(args: argparse.Namespace, **more: str) -> dict:

@@ -136,7 +136,40 @@ def test_trained_networks_differ_from_where_they_began(trained):
     assert changed.mean() > 0.01
 
 
+def test_classifier_finetuned_begins_with_the_weights_of_its_parent(trained, tmp_path):
+    data, models = trained
+    parent = models / "classifier.pt"
+    common = ["--data", data, "--out", tmp_path, *CLASSIFIER[:2], "--epochs", 1, "--batch-size", 8]
+    call(train_classifier, *common, "--finetune", parent, "--lr", "1e-9", "--weight-decay", 0)
+    child = checkpoints.load(tmp_path / "classifier.pt", "classifier")
+    before = checkpoints.load(parent, "classifier")["state"]
+    for key in ("conv1.weight", "fc.weight", "layer4.1.conv2.weight"):
+        np.testing.assert_allclose(child["state"][key], before[key], atol=1e-6)
+    assert child["parents"]["finetune"]["sha256"] == checkpoints.file_sha256(parent)
+    with pytest.raises(stage.InputError, match="--finetune"):
+        call(train_classifier, *common, "--finetune", parent, "--width", 8, "--overwrite")
+
+
 # ---------------------------------------------------------------- a new scan
+
+
+@pytest.mark.slow
+def test_predict_of_a_simulated_dose_measures_what_comes_back(trained, real_data, tmp_path, capsys):
+    _, models = trained
+    arguments = ["--input", real_data / "head_picker_slice", "--models", models, "--device", "cpu"]
+    call(predict, *arguments, "--out", tmp_path / "low", "--dose", 5)
+    assert "calibrated 5: RMSE to the scan inside the brain" in capsys.readouterr().out
+    (path,) = (tmp_path / "low").glob("*/prediction.json")
+    quality = json.loads(path.read_text())["low_dose"]
+    # lambda 5 adds the variance of 1/5 - 1/40 on the scale of 1562 (1 + HU / 1000), here at about 30 HU
+    added = 1000 / 1562 * np.sqrt(1562 * 1.03 * (1 / 5 - 1 / 40))
+    assert quality["noisy"]["rmse_hu"] == pytest.approx(added, rel=0.03)
+    assert quality["denoised"]["rmse_hu"] != quality["noisy"]["rmse_hu"]
+    with pytest.raises(ValueError, match="dose 50"):
+        call(predict, *arguments, "--out", tmp_path / "high", "--dose", 50)
+    with pytest.raises(stage.InputError, match="--dose-model"):
+        call(predict, *arguments, "--out", tmp_path / "high", "--dose-model", "poisson")
+    assert not (tmp_path / "high").exists()
 
 
 @pytest.mark.slow
