@@ -1,4 +1,5 @@
 # make demo   set up .venv, run the whole pipeline on the phantom, print the result table
+#             (RUN=--overwrite trains anew; DATA, MODELS and RESULTS name other folders)
 # make app    look at the results and at scans in a browser
 # make test   lint, unit tests, and the whole pipeline at toy size
 PYTHON ?= python3
@@ -8,9 +9,11 @@ TEST_TOOLS := "ruff>=0.17" "pytest>=9" "pytest-xdist>=3.8"
 DATA ?= dataset
 MODELS ?= saved_models
 RESULTS ?= results
-PATIENTS ?= 120
-STUDY := --data $(DATA) --out $(MODELS) --resume
-CLASSIFIER := --task stroke --width 32 --epochs 15 --batch-size 32
+PATIENTS ?= 180
+RUN ?= --resume
+PHANTOM := --source phantom --patients $(PATIENTS) --size 128 --slices 16 --seed 42
+TRAIN := --data $(DATA) --out $(MODELS) $(RUN)
+CLASSIFIER := --task stroke --width 32 --batch-size 32
 
 .PHONY: demo app test lint format clean
 
@@ -26,11 +29,12 @@ CLASSIFIER := --task stroke --width 32 --epochs 15 --batch-size 32
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python prepare_dataset.py --source phantom --patients $(PATIENTS) --size 128 --slices 24 --out $(DATA)
+	$(BIN)/python prepare_dataset.py $(PHANTOM) --out $(DATA)
 	$(BIN)/python split_dataset.py --data $(DATA)
-	$(BIN)/python train_denoiser.py $(STUDY) --widths 16 32 64 --epochs 9 --batch-size 8 --lr 2e-3
-	$(BIN)/python train_classifier.py $(STUDY) $(CLASSIFIER) --input clean
-	$(BIN)/python train_classifier.py $(STUDY) $(CLASSIFIER) --input noisy --name classifier_noisy
+	$(BIN)/python train_denoiser.py $(TRAIN) --widths 16 32 64 --epochs 5 --batch-size 8 --lr 2e-3
+	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input clean --epochs 16
+	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input noisy --epochs 10 --lr 5e-4 \
+		--finetune $(MODELS)/classifier.pt --name classifier_noisy
 	$(BIN)/python run_experiments.py --data $(DATA) --models $(MODELS) --out $(RESULTS)
 	@echo
 	@echo "Files written:"

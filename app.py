@@ -42,7 +42,7 @@ from dataset import (
 )
 from display import NOTICE, Note, annotate, difference_rgb, draw_outlines, enlarge, radiological, to_grey
 from dose import DOSE_MODELS
-from inference import LEGEND, PIPELINES, classify, denoise, load_classifier, load_denoiser
+from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
 from scans import AIR_HU
 
 LEVELS = ("slice", "scan")
@@ -262,7 +262,7 @@ class Series(NamedTuple):
     image: np.ndarray  # (S, n, n) int16 HU
     truth: np.ndarray | None  # (S, n, n) int16 HU without noise
     lesions: np.ndarray | None  # (S, n, n) uint8 classes
-    inside: np.ndarray  # (S, n, n) bool, where image quality is measured
+    spacing_mm: tuple[float, float, float]  # (slice, row, column) of image
 
     @property
     def reference(self) -> np.ndarray:
@@ -270,9 +270,8 @@ class Series(NamedTuple):
         return self.image if self.truth is None else self.truth
 
 
-def read_series(folder: Path, size: int | None, mask: str) -> Series:
-    """Read a prepared series. size: of the square matrix; None for the longer side of its own. mask: a key
-    of anatomy.MASKS.
+def read_series(folder: Path, size: int | None) -> Series:
+    """Read a prepared series. size: of the square matrix; None for the longer side of its own.
 
     Raises InputError naming the file that is damaged, or for windowed 8-bit images."""
     metadata = read_metadata(folder)
@@ -290,7 +289,6 @@ def read_series(folder: Path, size: int | None, mask: str) -> Series:
             for kind, fill in fills.items()
         }
         pixel_mm = max(rows * spacing[1], columns * spacing[2]) / size
-        reference = volumes.get("truth", volumes["image"])
         return Series(
             uid=metadata["series_uid"],
             labels=dict(metadata["labels"]),
@@ -300,7 +298,7 @@ def read_series(folder: Path, size: int | None, mask: str) -> Series:
             image=volumes["image"],
             truth=volumes.get("truth"),
             lesions=volumes.get("mask"),
-            inside=anatomy.MASKS[mask](reference, (spacing[0], pixel_mm, pixel_mm)),
+            spacing_mm=(spacing[0], pixel_mm, pixel_mm),
         )
     except stage.StageError:
         raise
@@ -309,8 +307,15 @@ def read_series(folder: Path, size: int | None, mask: str) -> Series:
 
 
 @st.cache_resource(show_spinner="Reading the series ...", max_entries=4)
-def load_series(metadata_file: Stamp, size: int | None, mask: str) -> Series:
-    return read_series(Path(metadata_file.path).parent, size, mask)
+def load_series(metadata_file: Stamp, size: int | None) -> Series:
+    return read_series(Path(metadata_file.path).parent, size)
+
+
+@st.cache_resource(show_spinner=False, max_entries=4)
+def load_inside(metadata_file: Stamp, size: int | None, mask: str) -> np.ndarray:
+    """(S, n, n) bool, where image quality is measured. mask: a key of anatomy.MASKS."""
+    series = load_series(metadata_file, size)
+    return anatomy.MASKS[mask](series.reference, series.spacing_mm)
 
 
 @st.cache_resource(show_spinner="Loading the networks ...", max_entries=16)
@@ -393,7 +398,7 @@ def arms_of(denoiser: Checkpoint | None, classifiers: Sequence[Checkpoint]) -> l
         direct, through = PIPELINES[classifier.facts["input"]]
         if direct:
             arms.append(Arm(direct, classifier, None))
-        if through and denoiser is not None:
+        if through and denoiser is not None and fits_denoiser(classifier.facts, denoiser.file.path):
             arms.append(Arm(through, classifier, denoiser.file))
     return sorted(arms, key=lambda arm: list(LEGEND).index(arm.name))
 
@@ -482,7 +487,7 @@ def show_headline(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFr
         cells[3].metric("Dose model", first["dose_model"])
         cells[4].metric("Measured", f"{measured:%Y-%m-%d %H:%M}")
         st.caption(
-            f"Image quality inside the head; PSNR and SSIM over {plain_text(first['range_hu'])} HU. AUC with "
+            f"Image quality inside the {plain_text(first['mask'])}; PSNR and SSIM over {plain_text(first['range_hu'])} HU. AUC with "
             "95 % intervals from a bootstrap over patients. Thresholds were chosen on validation patients. "
             f"Data {plain_text(manifest['data'])} · split {plain_text(manifest['split_hash'][:8])} · "
             f"noise seed {first['noise_seed']}"
@@ -659,7 +664,7 @@ def scan_page(folders: Folders) -> None:
     found = [*([denoiser] if denoiser else []), *classifiers]
     size = found[0].facts["size"] if found else None
     file = stamp(folder / "metadata.json")
-    series = load_series(file, size, mask)
+    series = load_series(file, size)
     with control_row():
         noise = choose_dose(found, seed)
         window = choose_window()
@@ -669,7 +674,8 @@ def scan_page(folders: Folders) -> None:
     place = Place(file, size, index)
     full, low = series.image[index].astype(np.float32), low_dose_slice(series, index, noise)
     denoised = denoised_slice(place, noise, denoiser.file, device) if denoiser else None
-    show_views(series, index, noise, Images(full, low, denoised), window, display)
+    inside = load_inside(file, size, mask)[index]
+    show_views(series, index, inside, noise, Images(full, low, denoised), window, display)
     sides = (
         f"{len(full)} x {len(full)} pixels{', the matrix of the networks and of the study' if found else ''}"
     )
@@ -728,7 +734,7 @@ def fit_facts(path: Path, kind: str, facts: dict) -> dict:
     needed = {"stage", "size", "dose_model", "doses", "split_hash"}
     try:
         if kind == "classifier":
-            needed |= {"input", "task", "classes", "assume_absent", "thresholds"}
+            needed |= {"input", "task", "classes", "assume_absent", "thresholds", "parents"}
             task_targets(facts["task"], [], facts["assume_absent"])
             if facts["input"] not in PIPELINES:
                 raise KeyError(f"input {facts['input']}")
@@ -890,11 +896,17 @@ class Images(NamedTuple):
 
 
 def show_views(
-    series: Series, index: int, noise: Noise, images: Images, window: tuple[float, float], display: Display
+    series: Series,
+    index: int,
+    inside: np.ndarray,
+    noise: Noise,
+    images: Images,
+    window: tuple[float, float],
+    display: Display,
 ) -> None:
     """Full dose, low dose, denoised and difference side by side, with their errors."""
     affine = series.affine
-    reference, inside = series.reference[index], series.inside[index]
+    reference = series.reference[index]
     side = max(VIEW_PX, len(images.full))
     number = f"{index + 1}/{len(series.image)}"
     lesions = radiological(series.lesions[index], affine) if display.outlines else None

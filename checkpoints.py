@@ -2,16 +2,17 @@
 
 A checkpoint is a dict of tensors and JSON types:
 
-    format, stage, model {name, kwargs}, state, config, split_hash, parents {role: {path, sha256}},
-    validation {metric: value}, thresholds {level: {value, origin}}, versions, seed"""
+    format, stage, model {name, kwargs with the window}, state, parameters, size, config, seed, versions,
+    split_hash, trained_on [patient ids, those of its parents too], parents {role: {path, sha256}},
+    validation {metric: value}; classifiers also task, classes, input, thresholds {level: {value, origin}}"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import platform
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,10 @@ def versions() -> dict[str, str]:
 
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint atomically: whoever reads path sees the old one or the new one, whole."""
+    memory = io.BytesIO()  # written by us, so that a full disk is an OSError and not torch's own error
+    torch.save(content, memory)
     with stage.atomic_write(path, "wb") as file:
-        torch.save(content, file)
+        file.write(memory.getbuffer())
 
 
 def load(path: Path, kind: str, *, remedy: str | None = None) -> dict:
@@ -57,6 +60,8 @@ def load(path: Path, kind: str, *, remedy: str | None = None) -> dict:
             damaged = archive.testzip()
     except zipfile.BadZipFile:
         raise stage.InputError(f"{path}: {_guess(path)}") from None
+    except (NotImplementedError, RuntimeError, UnicodeDecodeError, ValueError):
+        raise stage.InputError(f"{path}: damaged checkpoint (train again)") from None
     if damaged is not None:
         raise stage.InputError(f"{path}: checksum mismatch in {damaged} (the file is damaged, train again)")
     try:
@@ -94,8 +99,11 @@ def load_network(path: Path, kind: str, device: torch.device | str = "cpu") -> t
     Every parameter must match by name and shape. Raises InputError as load does, and naming the first
     parameters that do not fit."""
     content = load(path, kind)
-    model = build_model(content["model"]["name"], **content["model"]["kwargs"])
-    state = content.pop("state")
+    try:
+        model = build_model(content["model"]["name"], **content["model"]["kwargs"])
+        state = content.pop("state")
+    except (KeyError, TypeError, ValueError) as error:
+        raise stage.InputError(f"{path}: no network of this version, {error} (train again)") from None
     wanted = model.state_dict()
     wrong = [
         key
@@ -113,6 +121,4 @@ def load_network(path: Path, kind: str, device: torch.device | str = "cpu") -> t
 
 def write_card(path: Path, content: dict) -> None:
     """Write the model card of a checkpoint: everything that it knows but the weights, as JSON."""
-    card: dict[str, Any] = {key: value for key, value in content.items() if key != "state"}
-    card["parameters"] = sum(value.numel() for value in content["state"].values())
-    stage.write_json(path, card)
+    stage.write_json(path, {key: value for key, value in content.items() if key != "state"})

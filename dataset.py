@@ -10,6 +10,7 @@ that appears under its name only when it is complete."""
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -100,22 +101,25 @@ def write_scan(scan: Scan, folder: Path) -> Path:
     final = Path(folder) / scan.series_uid
     partial = final.with_name(f".{scan.series_uid}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    kinds = {"image": scan.hu, "mask": scan.mask, "truth": scan.truth}
+    kinds = {kind: volume for kind, volume in kinds.items() if volume is not None}
     slices = []
     for index in range(len(scan.hu)):
         place = partial / f"{index:05d}"
         place.mkdir(parents=True)
-        np.savez_compressed(place / "image.npz", scan.hu[index])
-        if scan.mask is not None:
-            np.savez_compressed(place / "mask.npz", scan.mask[index])
-        if scan.truth is not None:
-            np.savez_compressed(place / "truth.npz", scan.truth[index])
+        for kind, volume in kinds.items():
+            np.savez_compressed(place / f"{kind}.npz", volume[index])
+        hashes = {
+            kind: hashlib.sha256(np.ascontiguousarray(volume[index])).hexdigest()
+            for kind, volume in kinds.items()
+        }
         slices.append(
             {
                 "index": index,
                 "position_mm": scan.positions_mm[index],
                 "labels": scan.slice_labels[index],
                 "repairs": scan.repairs[index],
-                "sha256": hashlib.sha256(np.ascontiguousarray(scan.hu[index])).hexdigest(),
+                "sha256": hashes,
                 "constant": bool(scan.hu[index].min() == scan.hu[index].max()),
             }
         )
@@ -235,6 +239,7 @@ class Pack:
     def __init__(self, folder: Path):
         index = stage.read_json(folder / "index.json", f"delete {folder} and run again")
         self.series: list[dict] = index["series"]
+        self.key: str = index["key"]  # changes with whatever the pack was made from
         self.split_hash: str = index["split_hash"]
         self.size: int = index["size"]
         self.image = np.load(folder / "image.npy", mmap_mode="r")
@@ -296,15 +301,24 @@ def load_pack(data: Path, split: str, size: int) -> Pack:
             )
         if metadata["intensity"] != "hu":
             raise stage.InputError(f"{folder}: windowed 8-bit images have no HU (prepare a source with HU)")
-    content = [(m["series_uid"], [entry["sha256"] for entry in m["slices"]]) for m in series]
-    key = hashlib.sha256(repr((FORMAT, size, splits["hash"], content)).encode()).hexdigest()
+    content = json.dumps([FORMAT, size, splits["hash"], series], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()
+    waiting = len(series_folders(data, "unsplit"))
+    if waiting:
+        stage.log.warning("%s: %d series are not used (run split_dataset.py)", data / "unsplit", waiting)
     cache = data / "cache"
     final = cache / f"{split}-{size}"
-    with stage.lock(cache / f".{split}-{size}.lock"):
-        known = final / "index.json"
-        if not known.exists() or stage.read_json(known, f"delete {final} and run again")["key"] != key:
+    if _is_current(final, key):
+        return Pack(final)
+    with stage.lock(cache / f".{split}-{size}.lock", wait=True):
+        if not _is_current(final, key):  # another process may have built it while this one waited
             _build_pack(final, folders, series, size, key, splits["hash"])
-    return Pack(final)
+        return Pack(final)
+
+
+def _is_current(final: Path, key: str) -> bool:
+    known = final / "index.json"
+    return known.exists() and stage.read_json(known, f"delete {final} and run again").get("key") == key
 
 
 def _build_pack(
@@ -464,7 +478,7 @@ class Batches:
 
 def to_tensor(slices: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """(B, H, W) HU of any type -> (B, 1, H, W) float32 on device."""
-    return torch.from_numpy(np.asarray(slices)).to(device).float()[:, None]
+    return torch.from_numpy(np.array(slices)).to(device).float()[:, None]
 
 
 def random_doses(seeds: Sequence[int], doses: Sequence[float]) -> list[float]:
@@ -511,9 +525,10 @@ def _rotate(image: torch.Tensor, angle: float) -> torch.Tensor:
     """(1, H, W) turned about its centre by angle in radians; what comes in is air."""
     cosine, sine = math.cos(angle), math.sin(angle)
     theta = torch.tensor([[cosine, -sine, 0.0], [sine, cosine, 0.0]], device=image.device)[None]
-    grid = F.affine_grid(theta, (1, *image.shape), align_corners=False)
-    # grid_sample fills with zeros: make air the zero while it works
-    return F.grid_sample((image - AIR_HU)[None], grid, align_corners=False)[0] + AIR_HU
+    with torch.autocast(image.device.type, enabled=False):  # half precision would move pixels by half a pixel
+        grid = F.affine_grid(theta, (1, *image.shape), align_corners=False)
+        # grid_sample fills with zeros: make air the zero while it works
+        return F.grid_sample((image - AIR_HU)[None], grid, align_corners=False)[0] + AIR_HU
 
 
 def describe_labels(series: Sequence[dict]) -> dict[str, Any]:

@@ -56,3 +56,9 @@ def load_denoiser(path, device: torch.device | str = "cpu") -> tuple[nn.Module, 
 def load_classifier(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """A classifier checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
     return checkpoints.load_network(path, "classifier", device)
+
+
+def fits_denoiser(facts: dict, denoiser_path) -> bool:
+    """Whether a classifier may follow a denoiser; one trained on denoised slices only behind its own."""
+    parent = facts["parents"].get("denoiser")
+    return parent is None or parent["sha256"] == checkpoints.file_sha256(denoiser_path)

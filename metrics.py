@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -30,12 +31,10 @@ def rmse_hu(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float
     return math.sqrt(mse_hu2(image, reference, mask))
 
 
-def psnr_db(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
-    """PSNR in dB inside mask, both images clipped to RANGE_HU and its width taken as the peak.
-
-    Infinite for equal images, NaN if the mask is empty."""
+def window_mse_hu2(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
+    """Mean squared error in HU^2 inside mask, both images clipped to RANGE_HU."""
     low, high = RANGE_HU
-    return float(psnr_of(mse_hu2(image.clip(low, high), reference.clip(low, high), mask)))
+    return mse_hu2(image.clip(low, high), reference.clip(low, high), mask)
 
 
 def psnr_of(mse: np.ndarray | float) -> np.ndarray:
@@ -61,33 +60,36 @@ def ssim(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
     return float(local[mask].mean())
 
 
-IMAGE_METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
-    "mse": mse_hu2,
-    "psnr": psnr_db,
-    "ssim": ssim,
-    "rmse_hu": rmse_hu,
+class ImageMetric(NamedTuple):
+    """A number per slice, and what becomes of its mean over a patient's slices."""
+
+    of_slice: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+    of_patient: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+
+IMAGE_METRICS = {
+    "mse": ImageMetric(mse_hu2),
+    # of the patient's error, not of single slices: where nothing lies inside RANGE_HU a slice has none
+    "psnr": ImageMetric(window_mse_hu2, psnr_of),
+    "ssim": ImageMetric(ssim),
+    "rmse_hu": ImageMetric(rmse_hu),
 }
 
 
 def image_quality(
     images: np.ndarray, reference: np.ndarray, masks: np.ndarray, patients: np.ndarray
 ) -> dict[str, float]:
-    """rmse_hu, psnr, ssim and mse inside masks: the mean over patients of each patient's mean over slices.
+    """Every IMAGE_METRICS entry inside masks, averaged over a patient's slices, then over patients.
 
-    images, reference, masks: (N, H, W); patients: (N,). Slices with an empty mask count for nothing. PSNR is
-    that of a patient's mean squared error: of single slices it may be infinite, where nothing of the slice
-    lies inside RANGE_HU."""
-    low, high = RANGE_HU
-    triples = list(zip(images, reference, masks, strict=True))
-    errors = np.array([mse_hu2(*triple) for triple in triples])
-    clipped = np.array([mse_hu2(a.clip(low, high), b.clip(low, high), mask) for a, b, mask in triples])
-    per_patient = np.array([np.nanmean(clipped[patients == patient]) for patient in np.unique(patients)])
-    return {
-        "rmse_hu": mean_over_patients(np.sqrt(errors), patients),
-        "psnr": float(np.mean(psnr_of(per_patient))),
-        "ssim": mean_over_patients([ssim(*triple) for triple in triples], patients),
-        "mse": mean_over_patients(errors, patients),
-    }
+    images, reference, masks: (N, H, W); patients: (N,). Slices with an empty mask, and patients without any
+    other, count for nothing; NaN if nothing is left."""
+    found = {}
+    for name, metric in IMAGE_METRICS.items():
+        triples = zip(images, reference, masks, strict=True)
+        values = np.array([metric.of_slice(*triple) for triple in triples])
+        means = metric.of_patient(patient_means(values, patients))
+        found[name] = float(means.mean()) if len(means) else math.nan
+    return found
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -95,22 +97,22 @@ def shown(value: float | None, digits: int = 3) -> str:
     return "n/a" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def mean_over_patients(values: np.ndarray, patients: np.ndarray) -> float:
-    """Mean over patients of each patient's mean over slices; NaN slices count for nothing."""
+def patient_means(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Each patient's mean over slices, (patients,), in order of id. NaN slices count for nothing."""
     values, patients = np.asarray(values, np.float64), np.asarray(patients)
-    means = [
-        values[known].mean()
-        for patient in np.unique(patients)
-        if (known := (patients == patient) & ~np.isnan(values)).any()
-    ]
-    return float(np.mean(means)) if means else math.nan
+    known = ~np.isnan(values)
+    return np.array([values[known & (patients == patient)].mean() for patient in np.unique(patients[known])])
 
 
 # ---------------------------------------------------------------- classification
 
 
 def auc(targets: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve, ties counted half. targets: (N,) of 0 and 1. NaN if a class is absent."""
+    """Area under the ROC curve, ties counted half. targets: (N,) of 0 and 1.
+
+    NaN if a class is absent or a score is NaN."""
+    if np.isnan(scores).any():
+        return math.nan
     weights = np.ones((1, len(scores)))
     return float(_weighted_auc(np.asarray(targets), np.asarray(scores), weights)[0])
 
@@ -165,7 +167,7 @@ def youden_threshold(targets: np.ndarray, scores: np.ndarray) -> float:
     Call score >= threshold positive. NaN if a class is absent."""
     targets, scores = np.asarray(targets), np.asarray(scores, np.float64)
     positives, negatives = (targets == 1).sum(), (targets == 0).sum()
-    if positives == 0 or negatives == 0:
+    if positives == 0 or negatives == 0 or np.isnan(scores).any():
         return math.nan
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]

@@ -13,6 +13,7 @@ from torch import nn
 
 from dataset import soft_window_hu, window_hu
 
+SOFT_WINDOW = (40.0, 100.0)  # centre and width in HU: linear over the brain, blood and CSF
 BRAIN_WINDOW = (40.0, 80.0)  # centre and width in HU: the window in which head CT is read
 
 
@@ -34,7 +35,7 @@ class UNetDenoiser(nn.Module):
     Source: Ronneberger et al. 2015; the residual form is Zhang et al. 2017 (DnCNN)."""
 
     def __init__(
-        self, widths: Sequence[int] = (64, 128, 256), window: tuple[float, float] = (40.0, 100.0)
+        self, widths: Sequence[int] = (64, 128, 256), window: tuple[float, float] = SOFT_WINDOW
     ) -> None:
         super().__init__()
         self.window = tuple(window)

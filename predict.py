@@ -24,7 +24,7 @@ import training
 from dataset import evaluation_seed, fit_to_square, low_dose, to_tensor
 from display import NOTICE, radiological
 from dose import DOSE_MODELS
-from inference import classify, denoise, load_classifier, load_denoiser
+from inference import classify, denoise, fits_denoiser, load_classifier, load_denoiser
 from models import BRAIN_WINDOW
 from scans import AIR_HU, READERS, Scan, ScanError, read_scan, write_nifti
 
@@ -115,12 +115,7 @@ def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) ->
     """Denoise a scan at its own matrix and classify its slices. dose: simulated first, if any."""
     given, quality = scan.hu, None
     if dose is not None:
-        seeds = [
-            evaluation_seed(dose.seed, scan.series_uid, index, dose.model, dose.value)
-            for index in range(len(scan.hu))
-        ]
-        values = [dose.value] * len(seeds)
-        given = low_dose(to_tensor(scan.hu), dose.model, values, seeds)[:, 0].numpy()
+        given = _simulate(scan.hu, scan.series_uid, dose)
     denoised = denoise(denoiser, given)
     denoised[scan.hu == AIR_HU] = AIR_HU  # what was never measured stays so
     if dose is not None:
@@ -134,7 +129,9 @@ def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) ->
             "noisy": metrics.image_quality(given, scan.hu, brain, patients),
             "denoised": metrics.image_quality(denoised, scan.hu, brain, patients),
         }
-    small = fit_to_square(given, scan.spacing_mm, facts["size"], AIR_HU)
+    small = fit_to_square(scan.hu, scan.spacing_mm, facts["size"], AIR_HU)
+    if dose is not None:  # at the classifier's own matrix: resampling would average noise away
+        small = _simulate(small, scan.series_uid, dose)
     if facts["input"] == "denoised":
         small = denoise(denoiser, small)
     scores = classify(classifier, small)[:, 0].astype(np.float64)
@@ -165,6 +162,14 @@ def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) ->
     return Reading(given, denoised, result)
 
 
+def _simulate(volume: np.ndarray, series_uid: str, dose: Dose) -> np.ndarray:
+    """A scan at a dose, with the noise that the study would give it. (S, H, W) HU -> float32 HU."""
+    seeds = [
+        evaluation_seed(dose.seed, series_uid, index, dose.model, dose.value) for index in range(len(volume))
+    ]
+    return low_dose(to_tensor(volume), dose.model, [dose.value] * len(seeds), seeds)[:, 0].numpy()
+
+
 def _call(score: float, threshold: dict) -> dict:
     """Positive or not; null where validation held one class only and no threshold could be chosen."""
     return {"positive": None if threshold["value"] is None else score >= threshold["value"]}
@@ -185,6 +190,11 @@ def main(argv: list[str] | None = None) -> None:
         DOSE_MODELS[dose.model].check(dose.value)
     elif args.dose_model is not None:
         raise stage.InputError("--dose-model: says how --dose is simulated (give --dose, or leave it out)")
+    if not fits_denoiser(facts, denoiser_path):
+        raise stage.InputError(
+            f"{classifier_path}: was trained on the output of another denoiser than {denoiser_path} "
+            "(--denoiser names the right one)"
+        )
     jobs, rejected = READERS["dicom"].discover(args.input)
     for entry in rejected:
         stage.log.info("left out %s: %s", entry.file, entry.reason)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import stage
 import training
 from dataset import Pack, check_doses, evaluation_input, load_pack, task_targets
 from dose import DOSE_MODELS
-from inference import LEGEND, PIPELINES, classify, denoise, load_classifier, load_denoiser
+from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
@@ -48,7 +49,8 @@ COLUMNS = (
 )
 
 
-class Network(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Network:
     """A denoiser or classifier, and what its checkpoint says."""
 
     path: Path
@@ -67,7 +69,7 @@ def get_parser() -> stage.StageParser:
         "--classifiers", type=Path, nargs="+", help="checkpoints (default: all classifier*.pt in --models)"
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="(default: results)")
-    training.add_dose_options(parser, default=None)
+    training.add_dose_options(parser, "as trained")
     parser.add_argument(
         "--seed", type=stage.natural_int, default=42, help="of noise and bootstrap (default: 42)"
     )
@@ -81,41 +83,69 @@ def get_parser() -> stage.StageParser:
     return parser
 
 
-def load_models(args, device) -> tuple[Network | None, list[Network], list[str]]:
-    """What there is to measure: (denoiser or None, classifiers, what is left out and why).
+class Arm(NamedTuple):
+    """A pipeline: its name in LEGEND, the classifier, and the denoiser before it or None."""
 
-    A checkpoint that was named must be there; a default one that is missing is left out."""
-    left_out = []
+    name: str
+    classifier: Network
+    denoiser: Network | None
+
+
+def load_models(args, device) -> tuple[Network | None, list[Network]]:
+    """The denoiser, or None, and the classifiers. One that was named must be there, a default one not."""
     path = args.denoiser or args.models / "denoiser.pt"
     denoiser = None
     if args.denoiser or path.exists():
         denoiser = Network(path, *load_denoiser(path, device))
-    else:
-        left_out.append(f"{path} is missing: no denoising, no pipeline 2 (run train_denoiser.py)")
     paths = args.classifiers or sorted(
         path for path in args.models.glob("classifier*.pt") if not path.name.endswith(".last.pt")
     )
     classifiers = [Network(path, *load_classifier(path, device)) for path in paths]
-    if not classifiers:
-        left_out.append(
-            f"{args.models}/classifier.pt is missing: no pipeline 1 and 2 (run train_classifier.py)"
-        )
     if denoiser is None and not classifiers:
         raise stage.InputError(
             f"{args.models}: no denoiser.pt and no classifier.pt (run train_denoiser.py first)"
         )
-    return denoiser, classifiers, left_out
+    return denoiser, classifiers
 
 
-def agree(facts: list[tuple[Path, dict]], key: str):
-    """The value of key that all checkpoints share. Raises InputError naming two that differ."""
-    first_path, first = facts[0]
-    for path, other in facts[1:]:
-        if other[key] != first[key]:
-            raise stage.InputError(
-                f"{path}: {key} {other[key]}, but {first_path} has {first[key]} (train them alike)"
+def plan_arms(denoiser: Network | None, classifiers: list[Network]) -> tuple[list[Arm], list[str]]:
+    """(what can be run, in the order of LEGEND; what is left out and why)."""
+    arms, left_out = [], []
+    for classifier in classifiers:
+        direct, through = PIPELINES[classifier.facts["input"]]
+        what = f"pipeline {through} of {classifier.path.name}"
+        if direct:
+            arms.append(Arm(direct, classifier, None))
+        if through and denoiser is None:
+            left_out.append(f"{what}: no denoiser (run train_denoiser.py)")
+        elif through and not fits_denoiser(classifier.facts, denoiser.path):
+            left_out.append(
+                f"{what}: trained on the output of another denoiser than {denoiser.path} "
+                "(run train_classifier.py --input denoised again)"
             )
-    return first[key]
+        elif through:
+            arms.append(Arm(through, classifier, denoiser))
+    for kind, names in PIPELINES.items():
+        if not any(classifier.facts["input"] == kind for classifier in classifiers):
+            missing = " and ".join(name for name in names if name)
+            left_out.append(
+                f"pipeline {missing}: no classifier trained on {kind} slices "
+                f"(run train_classifier.py --input {kind})"
+            )
+    arms.sort(key=lambda arm: list(LEGEND).index(arm.name))
+    return arms, left_out
+
+
+def agree(networks: list[Network], key: str):
+    """The value of key that all checkpoints share. Raises InputError naming two that differ."""
+    first = networks[0]
+    for other in networks[1:]:
+        if other.facts[key] != first.facts[key]:
+            raise stage.InputError(
+                f"{other.path}: {key} {other.facts[key]}, but {first.path} has {first.facts[key]} "
+                "(name those that belong together with --denoiser and --classifiers)"
+            )
+    return first.facts[key]
 
 
 def classification_rows(pack: Pack, classifier: Network, images: np.ndarray, seed: int) -> list[dict]:
@@ -138,33 +168,34 @@ def classification_rows(pack: Pack, classifier: Network, images: np.ndarray, see
         threshold = facts["thresholds"][level]["value"]
         threshold = np.nan if threshold is None else threshold
         found = metrics.classification(*values, threshold=threshold, seed=seed)
-        rows.append({"level": level, "threshold": threshold, **found})
+        scored = pack.series_of[~np.isnan(targets)]
+        counts = {"n_patients": len(np.unique(patients[first][scored])), "n_slices": len(scored)}
+        rows.append({"level": level, "threshold": threshold, **counts, **found})
     return rows
 
 
 def measure(
     pack: Pack,
     denoiser: Network | None,
-    classifiers: list[Network],
+    arms: list[Arm],
     dose_model: str,
     doses: list[float],
     *,
     mask: str,
     seed: int,
 ) -> list[dict]:
-    """One row per dose, arm and level, in COLUMNS. Doses from low to high, arms in the order of LEGEND."""
+    """One row per dose, arm and level, in COLUMNS; without arms one row per dose for the denoiser alone."""
     reference = pack.image if pack.truth is None else pack.truth
     inside = pack.masks(anatomy.MASKS[mask])
     patients = pack.patient_ids()
     low, high = metrics.RANGE_HU
     rows = []
     for dose in stage.progress(sorted(doses), desc="doses", unit="dose"):
+        images, quality = {}, {}
         noisy = evaluation_input(pack, range(len(pack)), dose_model, [dose] * len(pack), seed)
-        before = metrics.image_quality(noisy, reference, inside, patients)
-        after, denoised = before, None
-        if denoiser is not None:
-            denoised = denoise(denoiser.network, noisy)
-            after = metrics.image_quality(denoised, reference, inside, patients)
+        for used in (None, denoiser):
+            images[used] = noisy if used is None else denoise(used.network, noisy)
+            quality[used] = metrics.image_quality(images[used], reference, inside, patients)
         common = {
             "dose_model": dose_model,
             "dose": dose,
@@ -175,28 +206,28 @@ def measure(
             "n_slices": len(pack),
             "range_hu": f"{low:g}..{high:g}",
             "mask": mask,
-            **{f"{name}_noisy": value for name, value in before.items()},
+            **{f"{name}_noisy": value for name, value in quality[None].items()},
         }
-        if denoiser is not None and not any(PIPELINES[c.facts["input"]][1] for c in classifiers):
-            rows.append(common | {"arm": "denoised", "denoiser": denoiser.path.name, **after})
-        for classifier in classifiers:
-            direct, through = PIPELINES[classifier.facts["input"]]
-            arms = [(direct, noisy, before, None)] if direct else []
-            if through and denoised is not None:
-                arms.append((through, denoised, after, denoiser.path.name))
-            for arm, images, quality, name in arms:
-                for found in classification_rows(pack, classifier, images, seed):
-                    about = {
-                        "arm": arm,
-                        "denoiser": name,
-                        "classifier": classifier.path.name,
-                        "task": classifier.facts["task"],
-                        "train_seed": classifier.facts["seed"],
-                    }
-                    rows.append(common | about | quality | found)
-    order = list(LEGEND)
-    rows.sort(key=lambda row: (row["dose"], order.index(row["arm"]) if row["arm"] in order else -1))
+        if not arms:
+            rows.append(common | {"arm": "denoised", "denoiser": denoiser.path.name} | quality[denoiser])
+        for arm in arms:
+            about = {
+                "arm": arm.name,
+                "denoiser": arm.denoiser and arm.denoiser.path.name,
+                "classifier": arm.classifier.path.name,
+                "task": arm.classifier.facts["task"],
+                "train_seed": arm.classifier.facts["seed"],
+            }
+            for found in classification_rows(pack, arm.classifier, images[arm.denoiser], seed):
+                rows.append(common | about | quality[arm.denoiser] | found)
     return [{column: row.get(column) for column in COLUMNS} for row in rows]
+
+
+def label_arms(rows: list[dict]) -> list[str]:
+    """A label for each row that tells its arm apart, with the classifier where several share the pipeline."""
+    pairs = {(row["arm"], row["classifier"]) for row in rows}
+    shared = {arm for arm, _ in pairs if sum(other == arm for other, _ in pairs) > 1}
+    return [f"{row['arm']} {row['classifier']}" if row["arm"] in shared else row["arm"] for row in rows]
 
 
 def print_table(rows: list[dict]) -> None:
@@ -204,10 +235,10 @@ def print_table(rows: list[dict]) -> None:
     shown = metrics.shown
     for dose in sorted({row["dose"] for row in rows}):
         own = [row for row in rows if row["dose"] == dose]
-        for row in own:
+        for row, label in zip(own, label_arms(own), strict=True):
             if row["level"] == "slice":
                 stage.say(
-                    f"Pipeline {row['arm']:<2} - Dose {dose:g} | Acc: {shown(row['acc'])} | "
+                    f"Pipeline {label:<2} - Dose {dose:g} | Acc: {shown(row['acc'])} | "
                     f"AUC: {shown(row['auc'])} [{shown(row['auc_low'], 2)}, {shown(row['auc_high'], 2)}] | "
                     f"Sensitivity: {shown(row['sens'])} | Specificity: {shown(row['spec'])} | "
                     f"F1: {shown(row['f1'])} | ECE: {shown(row['ece'])}"
@@ -241,16 +272,19 @@ def write_tables(out: Path, rows: list[dict], manifest: dict) -> None:
 def plot(path: Path, rows: list[dict], panels: dict[str, str], unit: str) -> None:
     """One panel per column against dose, one line per arm, AUC with its interval. panels: column -> label."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    arms = sorted({row["arm"] for row in rows})
-    for axis, (column, label) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for arm in arms:
-            own = [row for row in rows if row["arm"] == arm and row[column] is not None]
+    labels = label_arms(rows)
+    legend = dict(zip(labels, (LEGEND.get(row["arm"], "") for row in rows), strict=True))
+    for axis, (column, title) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for label, meaning in legend.items():
+            own = [
+                row for row, its in zip(rows, labels, strict=True) if its == label and row[column] is not None
+            ]
             doses, values = [row["dose"] for row in own], [row[column] for row in own]
-            (line,) = axis.plot(doses, values, "o-", label=f"{arm}: {LEGEND[arm]}" if arm in LEGEND else arm)
+            (line,) = axis.plot(doses, values, "o-", label=f"{label}: {meaning}" if meaning else label)
             if column == "auc":
                 low, high = ([row[key] for row in own] for key in ("auc_low", "auc_high"))
                 axis.fill_between(doses, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        axis.set(xscale="log", xlabel=f"dose ({unit})", ylabel=label)
+        axis.set(xscale="log", xlabel=f"dose ({unit})", ylabel=title)
         ticks = sorted({row["dose"] for row in rows})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
@@ -280,9 +314,11 @@ def write_figures(out: Path, rows: list[dict], unit: str) -> list[Path]:
         "ssim": f"SSIM, {rows[0]['range_hu']} HU",
     }
     # arms that share a denoiser share their images: one line for the noisy input, one for each denoiser
-    seen = {}
+    seen, plain = {}, {"classifier": None}
     for row in rows:
-        seen.setdefault((row["dose"], row["denoiser"]), row | {"arm": row["denoiser"] or "noisy input"})
+        seen.setdefault(
+            (row["dose"], row["denoiser"]), row | plain | {"arm": row["denoiser"] or "noisy input"}
+        )
     for row in list(seen.values()):
         noisy = {name: row[f"{name}_noisy"] for name in metrics.IMAGE_METRICS}
         seen.setdefault((row["dose"], None), row | noisy | {"arm": "noisy input"})
@@ -290,43 +326,56 @@ def write_figures(out: Path, rows: list[dict], unit: str) -> list[Path]:
     return written
 
 
+def check_patients(pack: Pack, networks: list[Network]) -> None:
+    """Raise InputError if a network, or a parent of it, was trained on one of the test patients."""
+    own = set(pack.patient_ids().tolist())
+    for network in networks:
+        known = own & set(network.facts["trained_on"])
+        if known:
+            raise stage.InputError(
+                f"{network.path}: was trained on {len(known)} of the {len(own)} test patients, e.g. "
+                f"{min(known)}; it belongs to another split (train again)"
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = training.pick_device(args.device)
-    denoiser, classifiers, left_out = load_models(args, device)
-    facts = [(c.path, c.facts) for c in classifiers]
-    if denoiser is not None:
-        facts.insert(0, (denoiser.path, denoiser.facts))
-    dose_model = args.dose_model or facts[0][1]["dose_model"]
+    denoiser, classifiers = load_models(args, device)
+    networks = [*([denoiser] if denoiser else []), *classifiers]
+    if classifiers:
+        agree(classifiers, "task")
+    arms, left_out = plan_arms(denoiser, classifiers)
+    if denoiser is None and not arms:
+        raise stage.InputError(f"{args.models}: nothing to run; {left_out[0]}")
+    trained = [network.facts["dose_model"] for network in networks]
+    dose_model = args.dose_model or next(filter(None, trained), training.DOSE_MODEL)
     doses = check_doses(dose_model, args.doses)
-    pack = load_pack(args.data, "test", agree(facts, "size"))
-    if agree(facts, "split_hash") != pack.split_hash:
-        raise stage.InputError(
-            f"{facts[0][0]}: was trained on another split than {args.data}/splits.json, which may have had "
-            "these test patients in it (train again)"
-        )
-    rows = measure(pack, denoiser, classifiers, dose_model, doses, mask=args.mask, seed=args.seed)
-    manifest = {
-        "data": str(args.data),
-        "split_hash": pack.split_hash,
-        "seed": args.seed,
-        "checkpoints": {path.name: checkpoints.file_sha256(path) for path, _ in facts},
-        "versions": checkpoints.versions(),
-        "command": " ".join(["run_experiments.py", *(sys.argv[1:] if argv is None else map(str, argv))]),
-        "left_out": left_out,
-    }
+    pack = load_pack(args.data, "test", agree(networks, "size"))
+    check_patients(pack, networks)
     with stage.lock(args.out / ".lock"):
+        rows = measure(pack, denoiser, arms, dose_model, doses, mask=args.mask, seed=args.seed)
+        manifest = {
+            "data": str(args.data),
+            "split_hash": pack.split_hash,
+            "seed": args.seed,
+            "checkpoints": {network.path.name: checkpoints.file_sha256(network.path) for network in networks},
+            "versions": checkpoints.versions(),
+            "command": " ".join(["run_experiments.py", *(sys.argv[1:] if argv is None else argv)]),
+            "left_out": left_out,
+        }
         write_tables(args.out, rows, manifest)
         files = write_figures(args.out, rows, DOSE_MODELS[dose_model].unit)
     reference = "the image" if pack.truth is None else "the noise-free truth"
     stage.say(
-        f"{rows[0]['n_patients']} test patients, {rows[0]['n_slices']} slices, dose model {dose_model}. "
+        f"{len(np.unique(pack.patient_ids()))} test patients, {len(pack)} slices, dose model {dose_model}. "
         f"Image quality inside the {args.mask} against {reference}, PSNR and SSIM over "
         f"{rows[0]['range_hu']} HU. AUC with 95 % intervals from a bootstrap over patients."
     )
     print_table(rows)
-    for arm in sorted({row["arm"] for row in rows} & set(LEGEND)):
-        stage.say(f"Pipeline {arm:<2} = {LEGEND[arm]}")
+    for name in LEGEND:
+        if any(arm.name == name for arm in arms):
+            stage.say(f"Pipeline {name:<2} = {LEGEND[name]}")
     for reason in left_out:
         stage.say(f"Left out: {reason}")
     for path in [args.out / "experiments.csv", args.out / "experiments.json", *files]:

@@ -54,7 +54,7 @@ def group_patients(series: Sequence[dict]) -> list[list[str]]:
         for entry in metadata["slices"]:
             if entry["constant"]:
                 continue
-            owner = first.setdefault(entry["sha256"], metadata["patient_id"])
+            owner = first.setdefault(entry["sha256"]["image"], metadata["patient_id"])
             one, two = sorted((root(owner), root(metadata["patient_id"])))
             parent[two] = one
     groups = defaultdict(list)
@@ -126,7 +126,7 @@ def check(sides: dict[str, list[dict]]) -> None:
     side_of: dict[str, str] = {}
     for split, series in sides.items():
         for metadata in series:
-            keys = {entry["sha256"] for entry in metadata["slices"] if not entry["constant"]}
+            keys = {entry["sha256"]["image"] for entry in metadata["slices"] if not entry["constant"]}
             for key in (metadata["patient_id"], *keys):
                 if side_of.setdefault(key, split) != split:
                     raise stage.StageError(

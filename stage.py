@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED, EXIT_LOCKED, EXIT_DISK, EXIT_INTERRUPTED = 1, 2, 3, 4, 5, 130
 
+NO_MEMORY = "not enough memory (a smaller --batch-size or --size needs less)"
+
 log = logging.getLogger("ldct")
 
 
@@ -120,7 +122,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError as caught:
-        code, message, error = EXIT_FAILED, "not enough memory (smaller --batch-size or --size)", caught
+        code, message, error = EXIT_FAILED, NO_MEMORY, caught
     except OSError as caught:
         full = caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         code = EXIT_DISK if full else EXIT_FAILED
@@ -130,6 +132,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except Exception as caught:  # noqa: BLE001 the border: whatever is left is a fault of ours, in one line
         code, error = EXIT_FAILED, caught
         message = f"{type(caught).__name__}: {caught} (--debug shows where)"
+        if "out of memory" in message or "can't allocate memory" in message:  # torch has no MemoryError
+            message = NO_MEMORY
     if error is not None and "--debug" in sys.argv:
         traceback.print_exception(error)
     if message is not None:
@@ -220,15 +224,15 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold path as a lock file. Raises StageError (exit 4) naming the holder when another run has it.
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold path as a lock file; wait for another run that has it, or raise StageError (exit 4) naming it.
 
     The kernel frees it when its holder dies, so there are no stale locks."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"

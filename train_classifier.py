@@ -34,7 +34,7 @@ from dataset import (
 )
 from inference import classify, denoise, load_classifier, load_denoiser
 from losses import masked_bce_loss
-from models import CLASSIFIERS, build_model
+from models import BRAIN_WINDOW, CLASSIFIERS, build_model
 
 INPUTS = ("clean", "noisy", "denoised")
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
@@ -69,22 +69,26 @@ def get_parser() -> stage.StageParser:
         default=[],
         help="labels whose unknown values count as 0, e.g. ischemia on RSNA; kept in the checkpoint",
     )
-    training.add_dose_options(parser)
+    training.add_dose_options(parser, training.DOSE_MODEL)
     return parser
 
 
 def known_targets(
     pack: Pack, split: str, task: str, assume_absent: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """((N, classes) targets, rows whose answer is known). Raises InputError if train lacks a class."""
+    """((N, classes) targets, rows whose answer is known). Raises InputError if there are none, or if train
+    lacks a class."""
     targets = task_targets(task, pack.labels, assume_absent)
     rows = np.flatnonzero(~np.isnan(targets).all(axis=1))
     found = set(targets[rows, 0].tolist())
-    if split == "train" and found != {0.0, 1.0}:
-        have = "no slice with a known answer" if not found else f"only slices with answer {found.pop():.0f}"
+    if not found:
         raise stage.InputError(
-            f"--task {task}: {have} in {split} (other data, or --assume-absent for unknown labels)"
+            f"--task {task}: no slice with a known answer in {split} (other data, or --assume-absent)"
         )
+    if split == "train" and found != {0.0, 1.0}:
+        raise stage.InputError(f"--task {task}: only slices with answer {found.pop():.0f} (--assume-absent?)")
+    if found != {0.0, 1.0}:
+        stage.log.warning("val holds one class only: no AUC, no threshold, the last epoch is kept")
     return targets, rows
 
 
@@ -117,13 +121,13 @@ def validator(
     return validate
 
 
-def start_from(path: Path, name: str, kwargs: dict) -> tuple[dict, str]:
-    """(weights, SHA-256) of the classifier to begin with. Raises InputError if it is another network."""
+def start_from(path: Path, name: str, kwargs: dict) -> tuple[dict, dict]:
+    """(weights, facts) of the classifier to begin with. Raises InputError if it is another network."""
     network, facts = load_classifier(path)
     wanted = {"name": name, "kwargs": kwargs}
     if facts["model"] != wanted:
         raise stage.InputError(f"--finetune {path}: is {facts['model']}, to be trained is {wanted}")
-    return network.state_dict(), checkpoints.file_sha256(path)
+    return network.state_dict(), facts
 
 
 def sampling(
@@ -142,41 +146,45 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = training.pick_device(args.device)
     precision = training.pick_precision(args.precision, device)
-    doses = check_doses(args.dose_model, args.doses)
-    denoiser, parents, hashes = None, {}, {}
+    if args.input == "clean" and (args.dose_model or args.doses):
+        raise stage.InputError("--dose-model, --doses: clean slices have no simulated dose (leave them out)")
+    dose_model = args.dose_model or training.DOSE_MODEL
+    doses = check_doses(dose_model, args.doses)
+    denoiser, start, parents, seen = None, None, {}, []
+    kwargs = {"classes": list(TASKS[args.task].classes), "window": list(BRAIN_WINDOW), "width": args.width}
     if args.input == "denoised":
         path = args.denoiser or args.out / "denoiser.pt"
-        denoiser, _ = load_denoiser(path, device)
-        hashes["denoiser_sha256"] = checkpoints.file_sha256(path)
-        parents["denoiser"] = {"path": path.name, "sha256": hashes["denoiser_sha256"]}
+        denoiser, facts = load_denoiser(path, device)
+        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
+        seen += facts["trained_on"]
     elif args.denoiser is not None:
         raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
-    kwargs = {"classes": list(TASKS[args.task].classes), "width": args.width}
-    start = None
     if args.finetune is not None:
-        start, hashes["finetune_sha256"] = start_from(args.finetune, args.model, kwargs)
-        parents["finetune"] = {"path": args.finetune.name, "sha256": hashes["finetune_sha256"]}
+        start, facts = start_from(args.finetune, args.model, kwargs)
+        parents["finetune"] = {"path": args.finetune.name, "sha256": checkpoints.file_sha256(args.finetune)}
+        seen += facts["trained_on"]
     size = args.size or native_size(args.data)
     train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
     targets, rows = known_targets(train, "train", args.task, args.assume_absent)
     weights, pos_weight = sampling(targets, rows, args.balance)
+    pos_weight = None if pos_weight is None else pos_weight.to(device)
 
-    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def loss_fn(network: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
         hu = augment(batch.hu, batch.seeds)
         if args.input != "clean":
-            hu = low_dose(hu, args.dose_model, random_doses(batch.seeds, doses), batch.seeds)
+            hu = low_dose(hu, dose_model, random_doses(batch.seeds, doses), batch.seeds)
         if denoiser is not None:
             with torch.no_grad():
-                hu = denoiser(hu).float()
-        return masked_bce_loss(model(hu), batch.targets, pos_weight)
+                hu = denoiser(hu)
+        return masked_bce_loss(network(hu), batch.targets, pos_weight)
 
     val_targets, val_rows = known_targets(val, "val", args.task, args.assume_absent)
     images = np.asarray(val.image[val_rows])
     origin = f"largest Youden index on val, {args.input} slices"
     if args.input != "clean":
         turns = [doses[place % len(doses)] for place in range(len(val_rows))]
-        images = evaluation_input(val, val_rows, args.dose_model, turns, VALIDATION_SEED)
-        origin += f", {args.dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
+        images = evaluation_input(val, val_rows, dose_model, turns, VALIDATION_SEED)
+        origin += f", {dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
     if denoiser is not None:
         images = denoise(denoiser, images)
     with training.world(device) as place:
@@ -211,14 +219,24 @@ def main(argv: list[str] | None = None) -> None:
                     "input": args.input,
                     "assume_absent": args.assume_absent,
                     "size": size,
-                    "dose_model": args.dose_model,
+                    "dose_model": dose_model if args.input != "clean" else None,
                     "doses": doses if args.input != "clean" else [],
                     "split_hash": train.split_hash,
+                    "trained_on": sorted({*seen, *train.patient_ids().tolist(), *val.patient_ids().tolist()}),
                     "parents": parents,
                     "seed": args.seed,
                 },
                 paths=paths,
-                config=training.run_config(args, split_hash=train.split_hash, **hashes),
+                config=training.run_config(
+                    args,
+                    dose_model=dose_model,
+                    doses=doses,
+                    size=size,
+                    precision=str(precision),
+                    train=train.key,
+                    val=val.key,
+                    parents={role: parent["sha256"] for role, parent in parents.items()},
+                ),
                 epochs=args.epochs,
                 lr=args.lr,
                 weight_decay=args.weight_decay,

@@ -7,6 +7,7 @@ Example: python train_denoiser.py --epochs 50 --batch-size 8
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -30,7 +31,7 @@ from dataset import (
 )
 from inference import denoise
 from losses import LOSSES
-from models import DENOISERS, build_model
+from models import DENOISERS, SOFT_WINDOW, build_model
 
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
 
@@ -47,7 +48,7 @@ def get_parser() -> stage.StageParser:
         help="channels per level of the U-Net (default: 64 128 256)",
     )
     parser.add_argument("--loss", choices=sorted(LOSSES), default="rmse", help="objective (default: rmse)")
-    training.add_dose_options(parser)
+    training.add_dose_options(parser, training.DOSE_MODEL)
     return parser
 
 
@@ -65,7 +66,8 @@ def validator(pack: Pack, dose_model: str, doses: list[float]) -> Callable[[torc
 
     def rmse(images: np.ndarray) -> float:
         values = [metrics.rmse_hu(images[row], reference[row], inside[row]) for row in rows]
-        return metrics.mean_over_patients(np.array(values), patients)
+        means = metrics.patient_means(np.array(values), patients)
+        return float(means.mean()) if len(means) else math.nan
 
     before = rmse(noisy)
     return lambda model: {"rmse_hu": rmse(denoise(model, noisy)), "rmse_hu_noisy": before}
@@ -75,20 +77,21 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = training.pick_device(args.device)
     precision = training.pick_precision(args.precision, device)
-    doses = check_doses(args.dose_model, args.doses)
+    dose_model = args.dose_model or training.DOSE_MODEL
+    doses = check_doses(dose_model, args.doses)
     size = args.size or native_size(args.data)
     train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
     loss = LOSSES[args.loss]
     if args.loss == "lesion-mse" and train.mask is None:
         raise stage.InputError("--loss lesion-mse: these data have no lesion masks (choose rmse or mse)")
 
-    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def loss_fn(network: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
         full = mirror(batch.hu, batch.seeds)
         mask = None if batch.mask is None else mirror(batch.mask, batch.seeds)
-        low = low_dose(full, args.dose_model, random_doses(batch.seeds, doses), batch.seeds)
-        return loss(model(low), full, mask)
+        low = low_dose(full, dose_model, random_doses(batch.seeds, doses), batch.seeds)
+        return loss(network(low), full, mask)
 
-    kwargs = {"widths": args.widths}
+    kwargs = {"widths": args.widths, "window": list(SOFT_WINDOW)}
     with training.world(device) as place:
         torch.manual_seed(args.seed)
         model = build_model(args.model, **kwargs)
@@ -107,19 +110,28 @@ def main(argv: list[str] | None = None) -> None:
                 model,
                 loss_fn,
                 batches,
-                validator(val, args.dose_model, doses),
+                validator(val, dose_model, doses) if place.rank == 0 else None,
                 facts={
                     "stage": "denoiser",
                     "model": {"name": args.model, "kwargs": kwargs},
                     "size": size,
-                    "dose_model": args.dose_model,
+                    "dose_model": dose_model,
                     "doses": doses,
                     "split_hash": train.split_hash,
+                    "trained_on": sorted({*train.patient_ids().tolist(), *val.patient_ids().tolist()}),
                     "parents": {},
                     "seed": args.seed,
                 },
                 paths=paths,
-                config=training.run_config(args, split_hash=train.split_hash),
+                config=training.run_config(
+                    args,
+                    dose_model=dose_model,
+                    doses=doses,
+                    size=size,
+                    precision=str(precision),
+                    train=train.key,
+                    val=val.key,
+                ),
                 epochs=args.epochs,
                 lr=args.lr,
                 select=("rmse_hu", "min"),
@@ -130,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     if place.rank == 0:
         stage.say(
             f"{paths.best}: epoch {best['epoch']}, validation RMSE inside the brain "
-            f"{best['rmse_hu']:.2f} HU, {best['rmse_hu_noisy']:.2f} HU before denoising"
+            f"{metrics.shown(best['rmse_hu'], 2)} HU (noisy {metrics.shown(best['rmse_hu_noisy'], 2)} HU)"
         )
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,42 +67,46 @@ def add_run_options(parser: stage.StageParser, *, name: str, epochs: int, batch_
     parser.add_argument("--overwrite", action="store_true", help="delete a run of this name first")
 
 
-def add_dose_options(parser: stage.StageParser, default: str | None = "calibrated") -> None:
-    """How low dose is simulated, in the same words in every stage. default None: as the checkpoint says."""
+DOSE_MODEL = "calibrated"  # where nothing says otherwise
+
+
+def add_dose_options(parser: stage.StageParser, default: str) -> None:
+    """How low dose is simulated, in the same words in every stage. default: what is done without them."""
     parser.add_argument(
         "--dose-model",
         choices=sorted(DOSE_MODELS),
-        default=default,
-        help=f"(default: {default or 'as trained'})",
+        help=f"how low dose is simulated (default: {default})",
     )
     parser.add_argument(
-        "--doses",
-        type=float,
-        nargs="+",
-        help="in the dose model's unit, e.g. 1 5 10 20 40 (default: all)",
+        "--doses", type=float, nargs="+", help="in the dose model's unit, e.g. 1 5 10 20 40 (default: all)"
     )
 
 
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:1` -> a device; only auto may fall back, and says so.
 
-    Raises InputError if a GPU is asked for and there is none."""
+    Under torchrun each process takes the GPU of its own rank. Raises InputError if the GPU is not there."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        stage.log.info("no GPU found: running on the CPU")
-        return torch.device("cpu")
+        if not torch.cuda.is_available():
+            stage.log.info("no GPU found: running on the CPU")
+            return torch.device("cpu")
+        name = "cuda"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise stage.InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise stage.InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise stage.InputError(f"--device {name}: torchrun gives each process its own GPU (use cuda)")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= torch.cuda.device_count():
         raise stage.InputError(
             f"--device {name}: {torch.cuda.device_count()} CUDA GPUs found here (use --device auto or cpu)"
         )
-    return device
+    return torch.device("cuda", index)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -111,8 +116,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
             raise stage.InputError("--precision fp16: needs a GPU (use auto, bf16 or fp32)")
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -123,12 +130,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 NOT_CONFIG = ("debug", "data", "out", "name", "denoiser", "finetune", "device", "resume", "overwrite")
 
 
-def run_config(args: argparse.Namespace, **more: str) -> dict:
+def run_config(args: argparse.Namespace, **more: Any) -> dict:
     """What decides a run's result, as JSON types: what a resumed run must share with its beginning.
 
-    more: what stands behind the paths among args, such as the hash of a split."""
+    more: what stands behind paths and defaults among args, such as a hash of the data or the size."""
     options = {key: stage.plain(value) for key, value in sorted(vars(args).items()) if key not in NOT_CONFIG}
-    return options | more
+    return options | {key: stage.plain(value) for key, value in more.items()}
 
 
 class World(NamedTuple):
@@ -146,7 +153,8 @@ def world(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # the others wait while the first process validates, which may take long
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
@@ -185,17 +193,29 @@ def open_run(folder: Path, name: str, *, resume: bool, overwrite: bool, place: W
     with contextlib.ExitStack() as stack:
         if place.rank == 0:
             stack.enter_context(stage.lock(paths.lock))
-            if (paths.best.exists() or paths.last.exists()) and not (resume or overwrite):
-                raise stage.InputError(
-                    f"{paths.best}: there is a run of this name (--resume goes on, --overwrite starts anew, "
-                    "--name gives another)"
-                )
-            if overwrite:
-                for path in (paths.best, paths.last, paths.log, paths.card):
-                    path.unlink(missing_ok=True)
+            _check_run(paths, resume=resume, overwrite=overwrite)
         if place.size > 1:
             dist.barrier()
         yield paths
+
+
+def _check_run(paths: Paths, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to touch a finished run unless told, and clear what a kill left behind."""
+    if resume and overwrite:
+        raise stage.InputError("--resume and --overwrite: one goes on, the other starts anew (choose one)")
+    if resume and paths.best.exists() and not paths.last.exists():
+        raise stage.InputError(f"{paths.last}: missing, cannot go on (--overwrite starts anew)")
+    if (paths.best.exists() or paths.last.exists()) and not (resume or overwrite):
+        raise stage.InputError(
+            f"{paths.best}: there is a run of this name (--resume goes on, --overwrite starts anew, "
+            "--name gives another)"
+        )
+    if overwrite:  # the old best stays until a new one takes its place
+        for path in (paths.last, paths.log):
+            path.unlink(missing_ok=True)
+    for path in (paths.best, paths.last):
+        for leftover in path.parent.glob(f".{path.name}.tmp.*"):
+            leftover.unlink()
 
 
 class Interrupt:
@@ -230,7 +250,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 def fit(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Batch], torch.Tensor],
+    loss_fn: Callable[[Callable[[torch.Tensor], torch.Tensor], Batch], torch.Tensor],
     batches: Batches,
     validate: Callable[[nn.Module], dict[str, float]],
     *,
@@ -248,9 +268,10 @@ def fit(
 ) -> dict[str, Any]:
     """Train model and leave the best on validation in paths.best.
 
-    loss_fn(model, batch) -> scalar. validate(model) -> metrics; select names the metric that decides, and
-    "max" or "min". facts: what the checkpoint says of itself beside weights and metrics; entries of the
-    metrics that are dicts (thresholds) are stored as they are. config: what must not change on resume.
+    loss_fn(network, batch) -> scalar; only what goes through network is computed in mixed precision, not the
+    augmentation, the noise and the loss around it. validate(model) -> metrics; select names the metric that
+    decides, and "max" or "min"; metrics that are dicts (thresholds) are stored as they are. facts: what the
+    checkpoint says of itself beside weights and metrics. config: what must not change on resume.
     Returns the metrics of the best epoch. Raises StageError on a non-finite loss, naming step and slices;
     InputError if a resumed run was started with another configuration; KeyboardInterrupt, with the state
     saved, when asked to stop."""
@@ -275,6 +296,10 @@ def fit(
             trained = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         trained = DistributedDataParallel(trained)
 
+    def network(images: torch.Tensor) -> torch.Tensor:
+        with autocast(device, precision):
+            return trained(images).float()
+
     def keep() -> None:
         if place.rank == 0:
             _save_last(paths.last, model, optimizer, scaler, state, config)
@@ -291,30 +316,34 @@ def fit(
                 done = epoch * len(batches) + state["step"]
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate(done, steps)
-                with autocast(device, precision):
-                    loss = loss_fn(trained, batch)
+                loss = loss_fn(network, batch)
                 value = loss.item()
-                if not math.isfinite(value):
-                    raise stage.StageError(
-                        f"{paths.best}: loss is {value} at epoch {epoch + 1}, step {state['step'] + 1}, "
-                        f"slices {batch.rows.tolist()[:8]} (lower --lr, or look at these slices; "
-                        "the last good checkpoint stands)"
-                    )
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item()
+                # under fp16 the scaler skips a step whose gradient overflowed, and lowers its scale
+                if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    raise stage.StageError(
+                        f"{paths.best}: loss is {value:g}, gradient {norm:g} at epoch {epoch + 1}, step "
+                        f"{state['step'] + 1}, slices {batch.rows.tolist()[:8]} (lower --lr, or look at "
+                        "these; the last good checkpoint stands)"
+                    )
                 scaler.step(optimizer)
                 scaler.update()
                 state["step"] += 1
                 state["loss_sum"] += value
                 bar.set_postfix(loss=f"{value:.4g}", refresh=False)
+                if place.size > 1:
+                    interrupt.asked = _any_of_all(interrupt.asked, device)
                 if interrupt.asked or time.monotonic() - saved > 60 * checkpoint_minutes:
                     keep()
                     saved = time.monotonic()
                 if interrupt.asked:
                     raise KeyboardInterrupt
             seconds = time.monotonic() - began
+            if place.size > 1:
+                state["loss_sum"] = _mean_of_all(state["loss_sum"], device)
             model.eval()
             metrics = validate(model) if place.rank == 0 else {}
             entry = {
@@ -346,6 +375,19 @@ def fit(
     return state["best_metrics"]
 
 
+def _any_of_all(asked: bool, device: torch.device) -> bool:
+    """Whether any process was asked to stop: all of them must leave the loop at the same step."""
+    flag = torch.tensor(float(asked), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _mean_of_all(value: float, device: torch.device) -> float:
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
 def _save_best(paths: Paths, model: nn.Module, facts: dict, config: dict, metrics: dict) -> None:
     content = {
         "format": checkpoints.FORMAT,
@@ -354,6 +396,7 @@ def _save_best(paths: Paths, model: nn.Module, facts: dict, config: dict, metric
         "validation": {key: value for key, value in metrics.items() if not isinstance(value, dict)},
         **{key: value for key, value in metrics.items() if isinstance(value, dict)},
         "versions": checkpoints.versions(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "state": {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
     }
     checkpoints.save(paths.best, content)

@@ -86,6 +86,7 @@ def write_checkpoint(folder: Path, name: str, kind: str, **facts) -> None:
             "classes": ["stroke"],
             "assume_absent": [],
             "thresholds": thresholds,
+            "parents": {},
         } | facts
     network = models.build_model(model, **kwargs)
     if kind == "denoiser":
@@ -264,7 +265,7 @@ def test_views_of_a_one_sided_lesion_show_it_at_the_same_side_in_las_and_lps(tmp
             affine[0, 0] = -4.0
             mirrored = {kind: getattr(scan, kind)[:, :, ::-1] for kind in ("hu", "truth", "mask")}
             scan = Scan(**{**{key: getattr(scan, key) for key in scan.__dataclass_fields__}, **mirrored})
-        series = app.read_series(dataset.write_scan(scan, tmp_path), SIZE, "head")
+        series = app.read_series(dataset.write_scan(scan, tmp_path), SIZE)
         seen = display.radiological(series.lesions[3], series.affine)
         sides.append(np.flatnonzero(seen.any(axis=0)).mean())
     assert sides[0] == sides[1] > SIZE / 2  # the patient's left is at the right edge
@@ -314,11 +315,11 @@ def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
     noisy = dataset.evaluation_input(pack, range(len(pack)), "calibrated", [5.0] * len(pack), 7)
     for number, folder in enumerate(dataset.series_folders(full / "data", "test")):
         rows = pack.series_of == number
-        series = app.read_series(folder, SIZE, "head")
+        series = app.read_series(folder, SIZE)
         assert np.array_equal(series.image, pack.image[rows])
         assert np.array_equal(series.reference, pack.truth[rows])
         assert np.array_equal(series.lesions, pack.mask[rows])
-        assert np.array_equal(series.inside, heads[rows])
+        assert np.array_equal(app.load_inside(app.stamp(folder / "metadata.json"), SIZE, "head"), heads[rows])
         noise = app.Noise("calibrated", 5.0, 7)
         own = np.stack([app.low_dose_slice(series, index, noise) for index in range(SLICES)])
         assert np.array_equal(own, noisy[rows])

@@ -1,5 +1,7 @@
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import stage
 from dataset import Batches, load_pack
 from phantom import generate_phantom
 from scans import READERS
+from tests.conftest import ROOT
 
 NAN = math.nan
 
@@ -169,6 +172,27 @@ def test_pack_is_built_once_and_again_when_the_data_change(split_data):
     assert image.stat().st_mtime_ns != first
 
 
+def test_pack_follows_a_change_of_labels(split_data):
+    load_pack(split_data, "val", 24)
+    path = dataset.series_folders(split_data, "val")[0] / "metadata.json"
+    metadata = stage.read_json(path, "")
+    metadata["slices"][2]["labels"]["any"] = None
+    stage.write_json(path, metadata)
+    assert load_pack(split_data, "val", 24).labels[2]["any"] is None
+
+
+def test_pack_can_be_loaded_by_many_processes_at_once(split_data):
+    code = (
+        "import sys; from pathlib import Path; import dataset; "
+        "print(len(dataset.load_pack(Path(sys.argv[1]), 'train', 24)))"
+    )
+    command = [sys.executable, "-c", code, str(split_data)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
+    counts = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(counts) == 1
+    assert all(process.returncode == 0 for process in processes)
+
+
 def test_pack_refuses_a_patient_on_the_wrong_side(split_data):
     folder = dataset.series_folders(split_data, "test")[0]
     folder.rename(split_data / "train" / folder.name)
@@ -296,6 +320,13 @@ def test_augment_moves_but_neither_invents_nor_loses_hu():
     assert len({image.sum().item() for image in found}) > 10
     corners = found[..., [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners < -900).all()  # what comes in from outside is air, not 0 HU
+
+
+def test_augment_under_mixed_precision_is_the_same(pack):
+    hu = dataset.to_tensor(pack.image[:20])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = dataset.augment(hu, list(range(20)))
+    assert torch.equal(mixed, dataset.augment(hu, list(range(20))))
 
 
 def test_augment_leaves_the_noise_of_half_the_slices_as_it_is():

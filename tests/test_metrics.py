@@ -27,14 +27,13 @@ def test_image_metrics_inside_a_full_mask_equal_scikit_image(rng):
     image = reference + rng.normal(0, 9, reference.shape)
     mask = np.ones(reference.shape, bool)
     a, b = image.clip(0, 80), reference.clip(0, 80)
-    assert metrics.psnr_db(image, reference, mask) == pytest.approx(
-        peak_signal_noise_ratio(b, a, data_range=80)
-    )
+    found = metrics.image_quality(image[None], reference[None], mask[None], np.array(["a"]))
+    assert found["psnr"] == pytest.approx(peak_signal_noise_ratio(b, a, data_range=80))
     oracle = structural_similarity(
         a, b, data_range=80, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
     )[1].mean()
-    assert metrics.ssim(image, reference, mask) == pytest.approx(oracle)
-    assert metrics.mse_hu2(image, reference, mask) == pytest.approx(((image - reference) ** 2).mean())
+    assert found["ssim"] == pytest.approx(oracle)
+    assert found["mse"] == pytest.approx(((image - reference) ** 2).mean())
 
 
 def test_rmse_counts_only_what_is_inside_the_mask():
@@ -52,19 +51,43 @@ def test_rmse_of_int16_does_not_wrap():
     assert metrics.rmse_hu(image, reference, np.ones((4, 4), bool)) == pytest.approx(4024)
 
 
-def test_image_metrics_of_equal_images_are_perfect_and_of_an_empty_mask_nan():
-    image, full = np.full((16, 16), 40.0), np.ones((16, 16), bool)
-    assert metrics.psnr_db(image, image, full) == math.inf
-    assert metrics.ssim(image, image, full) == pytest.approx(1)
-    assert metrics.rmse_hu(image, image, full) == 0
-    for metric in metrics.IMAGE_METRICS.values():
-        assert math.isnan(metric(image, image, ~full))
+def test_image_quality_of_equal_images_is_perfect():
+    image, full = np.full((1, 16, 16), 40.0), np.ones((1, 16, 16), bool)
+    found = metrics.image_quality(image, image, full, np.array(["a"]))
+    assert found == {"mse": 0, "psnr": math.inf, "ssim": pytest.approx(1), "rmse_hu": 0}
 
 
-def test_mean_over_patients_weighs_patients_not_slices():
-    values, patients = [1.0, 1.0, 1.0, 5.0, math.nan], ["a", "a", "a", "b", "b"]
-    assert metrics.mean_over_patients(values, patients) == 3.0
-    assert math.isnan(metrics.mean_over_patients([math.nan], ["a"]))
+def test_patient_means_weigh_patients_not_slices():
+    values, patients = [1.0, 1.0, 1.0, 5.0, math.nan, math.nan], ["a", "a", "a", "b", "b", "c"]
+    assert metrics.patient_means(values, patients).tolist() == [1.0, 5.0]
+    assert metrics.patient_means([math.nan], ["a"]).tolist() == []
+
+
+def test_image_quality_averages_patients_and_leaves_empty_masks_out(rng):
+    reference = np.full((5, 20, 20), 40.0)
+    sd = np.array([2.0, 2.0, 2.0, 10.0, 99.0])[:, None, None]
+    images = reference + sd * np.where(np.indices((20, 20)).sum(0) % 2, 1.0, -1.0)
+    masks = np.ones(images.shape, bool)
+    masks[4] = False
+    found = metrics.image_quality(images, reference, masks, np.array(["a", "a", "a", "b", "c"]))
+    assert found["rmse_hu"] == pytest.approx(6)
+    assert found["mse"] == pytest.approx((4 + 100) / 2)
+    assert found["psnr"] == pytest.approx(np.mean([20 * math.log10(80 / 2), 20 * math.log10(80 / 10)]))
+    assert set(found) == set(metrics.IMAGE_METRICS)
+    nothing = metrics.image_quality(images, reference, np.zeros_like(masks), np.arange(5))
+    assert all(math.isnan(value) for value in nothing.values())
+
+
+def test_psnr_of_a_slice_outside_the_range_does_not_spoil_its_patient():
+    reference = np.stack([np.full((12, 12), 40.0), np.full((12, 12), 900.0)])
+    images = reference + np.where(np.indices((12, 12)).sum(0) % 2, 8.0, -8.0)
+    found = metrics.image_quality(images, reference, np.ones(images.shape, bool), np.array(["a", "a"]))
+    assert found["psnr"] == pytest.approx(10 * math.log10(80**2 / 32))
+
+
+@pytest.mark.parametrize("name", ["auc", "youden_threshold"])
+def test_scores_that_are_no_numbers_have_no_auc_and_no_threshold(name):
+    assert math.isnan(getattr(metrics, name)(np.array([0, 0, 1, 1]), np.full(4, math.nan)))
 
 
 # ---------------------------------------------------------------- classification

@@ -89,9 +89,9 @@ def test_study_at_the_routine_dose_measures_the_noise_of_the_scan_itself(trained
 @pytest.mark.parametrize(
     ("kept", "arms", "words"),
     [
-        (["denoiser.pt"], {"denoised"}, "classifier.pt is missing"),
-        (["classifier.pt"], {"1"}, "denoiser.pt is missing"),
-        (["classifier.pt", "classifier_noisy.pt", "denoiser.pt"], {"1", "1n", "2"}, ""),
+        (["denoiser.pt"], {"denoised"}, "no classifier trained on clean slices"),
+        (["classifier.pt"], {"1"}, "pipeline 2 of classifier.pt: no denoiser"),
+        (["classifier.pt", "classifier_noisy.pt", "denoiser.pt"], {"1", "1n", "2"}, "pipeline 2d: no"),
     ],
 )
 def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
@@ -105,8 +105,52 @@ def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
     call(run_experiments, "--data", data, "--models", some, "--out", tmp_path / "results", "--doses", 5)
     assert {row["arm"] for row in read_csv(tmp_path / "results" / "experiments.csv")} == arms
     printed = capsys.readouterr().out
-    assert words in printed
-    assert ("Left out" in printed) == bool(words)
+    assert f"Left out: {words}" in printed or f": {words}" in printed
+
+
+def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, capsys):
+    data, models = trained
+    other = shutil.copytree(models, tmp_path / "models")
+    call(train_denoiser, "--data", data, "--out", other, *DENOISER, "--seed", 5, "--overwrite")
+    call(run_experiments, "--data", data, "--models", other, "--out", tmp_path / "results", "--doses", 5)
+    assert "2d of classifier_denoised.pt: trained on the output of another" in capsys.readouterr().out
+    assert {row["arm"] for row in read_csv(tmp_path / "results" / "experiments.csv")} == {"1", "1n", "2"}
+    with pytest.raises(stage.InputError, match="another denoiser"):
+        call(
+            predict,
+            *("--input", tmp_path, "--out", tmp_path / "out", "--models", other),
+            *("--classifier", other / "classifier_denoised.pt"),
+        )
+
+
+def test_study_tells_classifiers_of_one_pipeline_apart(trained, tmp_path, capsys):
+    data, models = trained
+    both = tmp_path / "both"
+    both.mkdir()
+    shutil.copy(models / "classifier.pt", both / "classifier.pt")
+    shutil.copy(models / "classifier.pt", both / "classifier.again.pt")
+    call(run_experiments, "--data", data, "--models", both, "--out", tmp_path / "results", "--doses", 5)
+    table = capsys.readouterr().out
+    assert "Pipeline 1 classifier.pt - Dose 5" in table
+    assert "Pipeline 1 classifier.again.pt - Dose 5" in table
+
+
+def test_study_with_nothing_that_can_run_says_so(trained, tmp_path):
+    data, models = trained
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(models / "classifier_denoised.pt", alone)
+    with pytest.raises(stage.InputError, match="nothing to run"):
+        call(run_experiments, "--data", data, "--models", alone, "--out", tmp_path / "results")
+
+
+def test_checkpoints_hold_the_window_and_whom_they_were_trained_on(trained):
+    data, models = trained
+    people = {who for who, split in places(data).items() if split != "test"}
+    for name, kind in (("denoiser", "denoiser"), ("classifier_denoised", "classifier")):
+        facts = checkpoints.load(models / f"{name}.pt", kind)
+        assert len(facts["model"]["kwargs"]["window"]) == 2
+        assert set(facts["trained_on"]) == people
 
 
 def test_study_refuses_checkpoints_of_another_split(trained, split_data, tmp_path):

@@ -34,6 +34,7 @@ class FakePack:
 
 
 def fit(folder, *, epochs=3, loss_fn=None, validate=None, resume=False, overwrite=False, **changes):
+    precision = changes.pop("precision", torch.float32)
     torch.manual_seed(0)
     model = build_model("unet", widths=[4, 8])
     batches = Batches(FakePack(), batch_size=4, seed=1, device=CPU)
@@ -58,7 +59,7 @@ def fit(folder, *, epochs=3, loss_fn=None, validate=None, resume=False, overwrit
             lr=1e-2,
             select=("rmse", "max"),
             device=CPU,
-            precision=torch.float32,
+            precision=precision,
         )
     return SimpleNamespace(best=best, paths=paths, model=model)
 
@@ -79,7 +80,7 @@ def test_fit_learns_and_writes_what_the_next_stage_reads(tmp_path):
     _, facts = checkpoints.load_network(run.paths.best, "denoiser")
     assert facts["validation"] == run.best
     card = json.loads(run.paths.card.read_text())
-    assert card["parameters"] == sum(value.numel() for value in run.model.state_dict().values())
+    assert card["parameters"] == sum(parameter.numel() for parameter in run.model.parameters())
 
 
 def test_fit_keeps_the_best_epoch_on_validation(tmp_path):
@@ -169,6 +170,44 @@ def test_second_run_on_the_same_output_is_refused(tmp_path):
     fit(tmp_path, epochs=1, loss_fn=loss_fn)
 
 
+def test_fit_computes_in_mixed_precision_only_what_goes_through_the_network(tmp_path):
+    seen = []
+
+    def loss_fn(network, batch):
+        seen.append((torch.is_autocast_enabled("cpu"), (batch.hu[0, 0] @ batch.hu[0, 0]).dtype))
+        return network(batch.hu).square().mean()
+
+    fit(tmp_path, epochs=1, loss_fn=loss_fn, precision=torch.bfloat16)
+    assert set(seen) == {(False, torch.float32)}
+
+
+def test_fit_stops_on_a_gradient_that_is_not_finite_before_it_spoils_the_weights(tmp_path):
+    def loss_fn(network, batch):
+        return network(batch.hu).square().mean().sqrt() * 0  # the slope of a root at 0 is infinite
+
+    with pytest.raises(stage.StageError, match="gradient nan"):
+        fit(tmp_path, loss_fn=lambda network, batch: loss_fn(lambda hu: network(hu) - network(hu), batch))
+    assert not (tmp_path / "net.pt").exists()
+
+
+def test_resume_without_its_state_does_not_replace_the_checkpoint(tmp_path):
+    first = fit(tmp_path, epochs=1)
+    first.paths.last.unlink()
+    before = first.paths.best.read_bytes()
+    with pytest.raises(stage.InputError, match="cannot go on"):
+        fit(tmp_path, epochs=1, resume=True)
+    assert first.paths.best.read_bytes() == before
+    with pytest.raises(stage.InputError, match="choose one"):
+        fit(tmp_path, epochs=1, resume=True, overwrite=True)
+
+
+def test_open_run_clears_what_a_killed_write_left(tmp_path):
+    leftover = tmp_path / ".net.pt.tmp.123"
+    leftover.write_bytes(b"half")
+    fit(tmp_path, epochs=1)
+    assert not leftover.exists()
+
+
 def test_learning_rate_warms_up_then_falls_to_zero():
     factors = [training.learning_rate(step, 200) for step in range(200)]
     assert factors[0] == pytest.approx(0.1)
@@ -195,6 +234,7 @@ def test_pick_precision_of_fp16_on_the_cpu_is_refused():
 
 
 TINY = ("--widths", 4, 8, "--precision", "fp32", "--device", "cpu", "--batch-size", 4)
+EPOCHS = 30  # about two seconds: long enough to be killed in the middle
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # bitwise repeats need the same number of threads
 
 
@@ -212,17 +252,19 @@ def finish(process, code=0):
 
 @pytest.mark.slow
 def test_train_killed_at_any_moment_and_resumed_ends_with_the_same_weights(split_data, tmp_path):
-    finish(train(split_data, tmp_path / "whole", "--epochs", 6))
+    finish(train(split_data, tmp_path / "whole", "--epochs", EPOCHS))
     expected = weights(tmp_path / "whole" / "denoiser.last.pt")
     for trial in range(3):
         out = tmp_path / str(trial)
-        process = train(split_data, out, "--epochs", 6)
+        process = train(split_data, out, "--epochs", EPOCHS)
         while not (out / "denoiser.jsonl").exists() and process.poll() is None:
             time.sleep(0.02)
         time.sleep(0.05 * trial)
         process.kill()
         process.communicate()
-        finish(train(split_data, out, "--epochs", 6, "--resume"))
+        assert process.returncode == -signal.SIGKILL
+        assert checkpoints.load(out / "denoiser.last.pt", "resume")["state"]["epoch"] < EPOCHS
+        finish(train(split_data, out, "--epochs", EPOCHS, "--resume"))
         assert equal(weights(out / "denoiser.last.pt"), expected)
 
 
@@ -242,7 +284,7 @@ def test_train_interrupted_saves_and_exits_130_in_one_line(split_data, tmp_path)
 def test_two_processes_train_the_same_network_as_one(split_data, tmp_path):
     finish(train(split_data, tmp_path / "one", "--epochs", 2))
     arguments = ["--data", split_data, "--out", tmp_path / "two", *TINY, "--epochs", 2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [str(part) for part in (*launch, ROOT / "train_denoiser.py", *arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=240)
     assert done.returncode == 0, done.stderr
