@@ -487,7 +487,8 @@ def show_headline(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFr
         cells[3].metric("Dose model", first["dose_model"])
         cells[4].metric("Measured", f"{measured:%Y-%m-%d %H:%M}")
         st.caption(
-            f"Image quality inside the {plain_text(first['mask'])}; PSNR and SSIM over {plain_text(first['range_hu'])} HU. AUC with "
+            f"Image quality inside the {plain_text(first['mask'])}; PSNR and SSIM over "
+            f"{plain_text(first['range_hu'])} HU. AUC with "
             "95 % intervals from a bootstrap over patients. Thresholds were chosen on validation patients. "
             f"Data {plain_text(manifest['data'])} · split {plain_text(manifest['split_hash'][:8])} · "
             f"noise seed {first['noise_seed']}"

@@ -21,7 +21,6 @@ from dataset import (
     LABELS,
     TASKS,
     Batch,
-    Batches,
     Pack,
     augment,
     check_doses,
@@ -179,75 +178,54 @@ def main(argv: list[str] | None = None) -> None:
         return masked_bce_loss(network(hu), batch.targets, pos_weight)
 
     val_targets, val_rows = known_targets(val, "val", args.task, args.assume_absent)
-    images = np.asarray(val.image[val_rows])
-    origin = f"largest Youden index on val, {args.input} slices"
-    if args.input != "clean":
-        turns = [doses[place % len(doses)] for place in range(len(val_rows))]
-        images = evaluation_input(val, val_rows, dose_model, turns, VALIDATION_SEED)
-        origin += f", {dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
-    if denoiser is not None:
-        images = denoise(denoiser, images)
-    with training.world(device) as place:
-        torch.manual_seed(args.seed)
+
+    def make_validate() -> Callable[[torch.nn.Module], dict]:
+        images, origin = np.asarray(val.image[val_rows]), f"largest Youden index on val, {args.input} slices"
+        if args.input != "clean":
+            turns = [doses[place % len(doses)] for place in range(len(val_rows))]
+            images = evaluation_input(val, val_rows, dose_model, turns, VALIDATION_SEED)
+            origin += f", {dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
+        if denoiser is not None:
+            images = denoise(denoiser, images)
+        return validator(val, val_targets, val_rows, images, origin)
+
+    def make_model() -> torch.nn.Module:
         model = build_model(args.model, **kwargs)
         if start is not None:
             model.load_state_dict(start)
-        batches = Batches(
-            train,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            device=device,
-            rows=rows,
-            weights=weights,
-            targets=targets,
-            rank=place.rank,
-            world_size=place.size,
-        )
-        with training.open_run(
-            args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place
-        ) as paths:
-            best = training.fit(
-                model,
-                loss_fn,
-                batches,
-                validator(val, val_targets, val_rows, images, origin),
-                facts={
-                    "stage": "classifier",
-                    "model": {"name": args.model, "kwargs": kwargs},
-                    "task": args.task,
-                    "classes": kwargs["classes"],
-                    "input": args.input,
-                    "assume_absent": args.assume_absent,
-                    "size": size,
-                    "dose_model": dose_model if args.input != "clean" else None,
-                    "doses": doses if args.input != "clean" else [],
-                    "split_hash": train.split_hash,
-                    "trained_on": sorted({*seen, *train.patient_ids().tolist(), *val.patient_ids().tolist()}),
-                    "parents": parents,
-                    "seed": args.seed,
-                },
-                paths=paths,
-                config=training.run_config(
-                    args,
-                    dose_model=dose_model,
-                    doses=doses,
-                    size=size,
-                    precision=str(precision),
-                    train=train.key,
-                    val=val.key,
-                    parents={role: parent["sha256"] for role, parent in parents.items()},
-                ),
-                epochs=args.epochs,
-                lr=args.lr,
-                weight_decay=args.weight_decay,
-                select=("auc", "max"),
-                device=device,
-                precision=precision,
-                place=place,
-            )
-    if place.rank == 0:
+        return model
+
+    done = training.run(
+        args,
+        train,
+        val,
+        make_model=make_model,
+        loss_fn=loss_fn,
+        make_validate=make_validate,
+        facts={
+            "stage": "classifier",
+            "model": {"name": args.model, "kwargs": kwargs},
+            "task": args.task,
+            "classes": kwargs["classes"],
+            "input": args.input,
+            "assume_absent": args.assume_absent,
+            "dose_model": dose_model if args.input != "clean" else None,
+            "doses": doses if args.input != "clean" else [],
+            "parents": parents,
+        },
+        seen=seen,
+        select=("auc", "max"),
+        weight_decay=args.weight_decay,
+        device=device,
+        precision=precision,
+        rows=rows,
+        weights=weights,
+        targets=targets,
+    )
+    if done is not None:
+        path, best = done
         stage.say(
-            f"{paths.best}: epoch {best['epoch']}, validation AUC {metrics.shown(best['auc'])} per slice, "
+            f"{path}: epoch {best['epoch']}, validation AUC {metrics.shown(best['auc'])} per slice, "
             f"{metrics.shown(best['auc_scan'])} per scan ({args.task}, {args.input} input)"
         )
 

@@ -19,7 +19,6 @@ import stage
 import training
 from dataset import (
     Batch,
-    Batches,
     Pack,
     check_doses,
     evaluation_input,
@@ -92,56 +91,28 @@ def main(argv: list[str] | None = None) -> None:
         return loss(network(low), full, mask)
 
     kwargs = {"widths": args.widths, "window": list(SOFT_WINDOW)}
-    with training.world(device) as place:
-        torch.manual_seed(args.seed)
-        model = build_model(args.model, **kwargs)
-        batches = Batches(
-            train,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            device=device,
-            rank=place.rank,
-            world_size=place.size,
-        )
-        with training.open_run(
-            args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place
-        ) as paths:
-            best = training.fit(
-                model,
-                loss_fn,
-                batches,
-                validator(val, dose_model, doses) if place.rank == 0 else None,
-                facts={
-                    "stage": "denoiser",
-                    "model": {"name": args.model, "kwargs": kwargs},
-                    "size": size,
-                    "dose_model": dose_model,
-                    "doses": doses,
-                    "split_hash": train.split_hash,
-                    "trained_on": sorted({*train.patient_ids().tolist(), *val.patient_ids().tolist()}),
-                    "parents": {},
-                    "seed": args.seed,
-                },
-                paths=paths,
-                config=training.run_config(
-                    args,
-                    dose_model=dose_model,
-                    doses=doses,
-                    size=size,
-                    precision=str(precision),
-                    train=train.key,
-                    val=val.key,
-                ),
-                epochs=args.epochs,
-                lr=args.lr,
-                select=("rmse_hu", "min"),
-                device=device,
-                precision=precision,
-                place=place,
-            )
-    if place.rank == 0:
+    done = training.run(
+        args,
+        train,
+        val,
+        make_model=lambda: build_model(args.model, **kwargs),
+        loss_fn=loss_fn,
+        make_validate=lambda: validator(val, dose_model, doses),
+        facts={
+            "stage": "denoiser",
+            "model": {"name": args.model, "kwargs": kwargs},
+            "dose_model": dose_model,
+            "doses": doses,
+            "parents": {},
+        },
+        select=("rmse_hu", "min"),
+        device=device,
+        precision=precision,
+    )
+    if done is not None:
+        path, best = done
         stage.say(
-            f"{paths.best}: epoch {best['epoch']}, validation RMSE inside the brain "
+            f"{path}: epoch {best['epoch']}, validation RMSE inside the {anatomy.DEFAULT_MASK} "
             f"{metrics.shown(best['rmse_hu'], 2)} HU (noisy {metrics.shown(best['rmse_hu_noisy'], 2)} HU)"
         )
 

@@ -12,11 +12,12 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
 import stage
-from dataset import Batch, Batches
+from dataset import Batch, Batches, Pack
 from dose import DOSE_MODELS
 
 WARMUP = 0.05  # share of all steps in which the learning rate rises
@@ -252,7 +253,7 @@ def fit(
     model: nn.Module,
     loss_fn: Callable[[Callable[[torch.Tensor], torch.Tensor], Batch], torch.Tensor],
     batches: Batches,
-    validate: Callable[[nn.Module], dict[str, float]],
+    validate: Callable[[nn.Module], dict[str, float]] | None,
     *,
     facts: dict,
     paths: Paths,
@@ -269,9 +270,10 @@ def fit(
     """Train model and leave the best on validation in paths.best.
 
     loss_fn(network, batch) -> scalar; only what goes through network is computed in mixed precision, not the
-    augmentation, the noise and the loss around it. validate(model) -> metrics; select names the metric that
-    decides, and "max" or "min"; metrics that are dicts (thresholds) are stored as they are. facts: what the
-    checkpoint says of itself beside weights and metrics. config: what must not change on resume.
+    augmentation, the noise and the loss around it. validate(model) -> metrics, None in all but the first
+    process; select names the metric that decides, and "max" or "min"; metrics that are dicts (thresholds) are
+    stored as they are. facts: what the checkpoint says of itself beside weights and metrics. config: what
+    must not change on resume.
     Returns the metrics of the best epoch. Raises StageError on a non-finite loss, naming step and slices;
     InputError if a resumed run was started with another configuration; KeyboardInterrupt, with the state
     saved, when asked to stop."""
@@ -373,6 +375,80 @@ def fit(
             if place.size > 1:
                 dist.barrier()
     return state["best_metrics"]
+
+
+def run(
+    args: argparse.Namespace,
+    train: Pack,
+    val: Pack,
+    *,
+    make_model: Callable[[], nn.Module],
+    loss_fn: Callable[[Callable[[torch.Tensor], torch.Tensor], Batch], torch.Tensor],
+    make_validate: Callable[[], Callable[[nn.Module], dict]],
+    facts: dict,
+    seen: Sequence[str] = (),
+    select: tuple[str, str],
+    weight_decay: float = 0.0,
+    device: torch.device,
+    precision: torch.dtype,
+    **sampling: np.ndarray | None,
+) -> tuple[Path, dict[str, Any]] | None:
+    """What every training stage does once it has its data, network and loss: join the other processes, take
+    the lock, fit, keep the best. args: those of add_run_options. seen: patients that parents were trained on.
+    sampling: rows, weights and targets of Batches. make_model, make_validate: called when needed, the second
+    in the first process only.
+
+    Returns (checkpoint, metrics of the best epoch) in the first process, None in the others. Raises as fit
+    and open_run do."""
+    patients = {*seen, *train.patient_ids().tolist(), *val.patient_ids().tolist()}
+    facts = {
+        **facts,
+        "size": train.size,
+        "seed": args.seed,
+        "split_hash": train.split_hash,
+        "trained_on": sorted(patients),
+    }
+    parents = {role: parent["sha256"] for role, parent in facts["parents"].items()}
+    resolved = {name: facts[name] for name in ("dose_model", "doses", "size")}
+    with world(device) as place:
+        torch.manual_seed(args.seed)
+        model = make_model()
+        batches = Batches(
+            train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=device,
+            rank=place.rank,
+            world_size=place.size,
+            **sampling,
+        )
+        with open_run(
+            args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place
+        ) as paths:
+            best = fit(
+                model,
+                loss_fn,
+                batches,
+                make_validate() if place.rank == 0 else None,
+                facts=facts,
+                paths=paths,
+                config=run_config(
+                    args,
+                    **resolved,
+                    precision=str(precision),
+                    train=train.key,
+                    val=val.key,
+                    parents=parents,
+                ),
+                epochs=args.epochs,
+                lr=args.lr,
+                weight_decay=weight_decay,
+                select=select,
+                device=device,
+                precision=precision,
+                place=place,
+            )
+    return (paths.best, best) if place.rank == 0 else None
 
 
 def _any_of_all(asked: bool, device: torch.device) -> bool:
