@@ -43,7 +43,7 @@ from dataset import (
 from display import NOTICE, Note, annotate, difference_rgb, draw_outlines, enlarge, radiological, to_grey
 from dose import DOSE_MODELS
 from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
-from scans import AIR_HU
+from volumes import AIR_HU
 
 LEVELS = ("slice", "scan")
 NOISE_SEED = 42  # of run_experiments.py by default; results that are there say their own

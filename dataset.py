@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import stage
 from anatomy import LESION_CLASSES
 from dose import DOSE_MODELS
-from scans import AIR_HU, Scan
+from volumes import AIR_HU, Scan
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")

@@ -26,7 +26,8 @@ from display import NOTICE, radiological
 from dose import DOSE_MODELS
 from inference import classify, denoise, fits_denoiser, load_classifier, load_denoiser
 from models import BRAIN_WINDOW
-from scans import AIR_HU, READERS, Scan, ScanError, read_scan, write_nifti
+from scans import READERS, read_scan
+from volumes import AIR_HU, Scan, ScanError, write_nifti
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first

@@ -20,7 +20,8 @@ import torch
 
 import stage
 from dataset import all_series, describe_labels, read_metadata, write_scan
-from scans import EXPECTED_CODES, READERS, Job, Rejected, ScanError, read_scan
+from scans import READERS, read_scan
+from volumes import EXPECTED_CODES, Job, Rejected, ScanError
 
 PHANTOM_DEFAULTS = {"patients": 100, "size": 128, "slices": 24, "seed": 42}
 

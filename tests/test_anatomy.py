@@ -16,8 +16,8 @@ from anatomy import (
     measure_noise_hu,
     tissue_classes,
 )
+from dicom_series import discover_dicom, read_dicom
 from dose import reconstruction_noise
-from scans import discover_dicom, read_dicom
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 AIR, SCALP, BONE, BRAIN, CSF = -1000, -60, 900, 34, 6

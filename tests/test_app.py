@@ -23,7 +23,7 @@ import models
 import run_experiments
 import stage
 from inference import classify, denoise, load_classifier, load_denoiser
-from scans import Scan
+from volumes import Scan
 
 ROOT = Path(app.__file__).parent
 SIZE, SLICES = 45, 5  # odd on purpose

@@ -18,7 +18,18 @@ STAGES = (
 )
 ORDER = (  # each imports only from its left
     *("stage", "dose", "anatomy", "metrics", "phantom"),
-    *("scans", "dataset", "models", "losses", "checkpoints", "training", "inference", "display"),
+    *(
+        "volumes",
+        "dicom_series",
+        "scans",
+        "dataset",
+        "models",
+        "losses",
+        "checkpoints",
+        "training",
+        "inference",
+        "display",
+    ),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 

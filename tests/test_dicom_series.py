@@ -15,21 +15,10 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-import scans
-from scans import (
-    AIR_HU,
-    EXPECTED_CODES,
-    LABEL_NAMES,
-    READERS,
-    Job,
-    ScanError,
-    discover_dicom,
-    discover_phantom,
-    read_dicom,
-    read_scan,
-    stack_geometry,
-    write_nifti,
-)
+import dicom_series
+from dicom_series import discover_dicom, read_dicom
+from scans import PHANTOM_NOISE_HU, READERS, discover_phantom, read_scan
+from volumes import AIR_HU, EXPECTED_CODES, LABEL_NAMES, Job, Scan, ScanError, stack_geometry, write_nifti
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZE = 40
@@ -59,7 +48,7 @@ def write_slice(path: Path, hu: np.ndarray, position=(0.0, 0.0, 0.0), *, drop=()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     values = {
-        "SOPClassUID": scans.CT_IMAGE,
+        "SOPClassUID": dicom_series.CT_IMAGE,
         "SOPInstanceUID": pydicom.uid.generate_uid(),
         "Modality": "CT",
         "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
@@ -106,7 +95,7 @@ def along_z(*heights: float) -> list[tuple[float, float, float]]:
     return [(-10.0, -20.0, float(z)) for z in heights]
 
 
-def read_one(folder: Path) -> scans.Scan:
+def read_one(folder: Path) -> Scan:
     jobs, _ = discover_dicom(folder)
     assert len(jobs) == 1, jobs
     return read_dicom(jobs[0])
@@ -296,10 +285,10 @@ def test_discover_dicom_names_what_it_skips(tmp_path):
     write_series(tmp_path, along_z(0, 5))
     hu = head_hu()
     write_slice(tmp_path / "scout", hu, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    write_slice(tmp_path / "capture", hu, SOPClassUID=scans.SECONDARY_CAPTURE)
+    write_slice(tmp_path / "capture", hu, SOPClassUID=dicom_series.SECONDARY_CAPTURE)
     write_slice(tmp_path / "dose", hu, ImageType=["DERIVED", "SECONDARY", "DOSE_INFO"])
     write_slice(tmp_path / "mr", hu, Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
-    write_slice(tmp_path / "enhanced", hu, SOPClassUID=scans.ENHANCED_CT[0], NumberOfFrames=2)
+    write_slice(tmp_path / "enhanced", hu, SOPClassUID=dicom_series.ENHANCED_CT[0], NumberOfFrames=2)
     write_slice(tmp_path / "coronal", hu, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     write_slice(tmp_path / "slope", hu, drop=("RescaleSlope",))
     write_slice(tmp_path / "spacing", hu, drop=("PixelSpacing",))
@@ -383,7 +372,7 @@ def test_no_identifier_leaves_the_reader(tmp_path):
     everything = repr(read_dicom(jobs[0])) + repr(jobs[0]._replace(inputs=()))
     for secret in (NAME, "Canary", "CANARY", "19700101"):
         assert secret not in everything
-    assert not {"PatientName", "PatientBirthDate", "AccessionNumber"} & set(scans.PIXEL_TAGS)
+    assert not {"PatientName", "PatientBirthDate", "AccessionNumber"} & set(dicom_series.PIXEL_TAGS)
 
 
 # ---------------------------------------------------------------- values
@@ -553,7 +542,7 @@ def deflate(path: Path, body: bytes) -> None:
     import zlib
 
     source = pydicom.dcmread(path)
-    source.file_meta.TransferSyntaxUID = scans.DEFLATED
+    source.file_meta.TransferSyntaxUID = dicom_series.DEFLATED
     source.save_as(path)
     meta = path.read_bytes()[: 144 + source.file_meta.FileMetaInformationGroupLength]
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -563,10 +552,10 @@ def deflate(path: Path, body: bytes) -> None:
 def test_deflated_files_are_read_but_not_without_bound(tmp_path):
     file = write_slice(tmp_path / "a" / "x.dcm", head_hu())
     dataset = pydicom.dcmread(file)
-    dataset.file_meta.TransferSyntaxUID = scans.DEFLATED
+    dataset.file_meta.TransferSyntaxUID = dicom_series.DEFLATED
     dataset.save_as(file)
     np.testing.assert_array_equal(read_one(file.parent).hu[0], head_hu())
-    deflate(file, bytes(scans.MAX_INFLATED_BYTES + 10_000))
+    deflate(file, bytes(dicom_series.MAX_INFLATED_BYTES + 10_000))
     assert file.stat().st_size < 200_000
     assert codes(file.parent)["x.dcm"] == "too_large"
 
@@ -578,7 +567,7 @@ def test_read_dicom_without_a_decoder_names_the_package(tmp_path, monkeypatch):
     class Missing:
         is_available = False
 
-    monkeypatch.setattr(scans, "get_decoder", lambda _: Missing())
+    monkeypatch.setattr(dicom_series, "get_decoder", lambda _: Missing())
     with pytest.raises(
         ScanError, match=r"JPEG 2000 .* needs a decoder \(pip install pylibjpeg pylibjpeg-openjpeg\)"
     ):
@@ -683,7 +672,7 @@ def test_read_phantom_gives_a_scan_with_truth_mask_and_labels():
     assert scan.hu.dtype == scan.truth.dtype == np.int16 and scan.mask.dtype == np.uint8
     assert tuple(scan.labels) == LABEL_NAMES and len(scan.slice_labels) == len(scan.repairs) == 4
     difference = (scan.hu.astype(float) - scan.truth)[scan.truth > -500]
-    assert difference.std() == pytest.approx(scans.PHANTOM_NOISE_HU, rel=0.15)
+    assert difference.std() == pytest.approx(PHANTOM_NOISE_HU, rel=0.15)
     corner = scan.affine @ (0, 0, 3, 1)
     assert corner[2] == pytest.approx(scan.positions_mm[3])
     np.testing.assert_array_equal(scan.hu, read_scan(job).hu)
