@@ -102,6 +102,7 @@ def write_scan(scan: Scan, folder: Path) -> Path:
     partial = final.with_name(f".{scan.series_uid}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     kinds = {"image": scan.hu, "mask": scan.mask, "truth": scan.truth}
+    kinds |= {f"low_{fraction}": volume for fraction, volume in scan.low.items()}
     kinds = {kind: volume for kind, volume in kinds.items() if volume is not None}
     slices = []
     for index in range(len(scan.hu)):
@@ -138,6 +139,8 @@ def write_scan(scan: Scan, folder: Path) -> Path:
         "padding_count": scan.padding_count,
         "has_mask": scan.mask is not None,
         "has_truth": scan.truth is not None,
+        "low_doses": sorted(scan.low, key=float),
+        "split": scan.split,
         "labels": scan.labels,
         "slices": slices,
     }

@@ -35,6 +35,7 @@ from volumes import (
     SAME_ORIENTATION,
     SAME_POSITION_MM,
     Job,
+    Reader,
     Rejected,
     Scan,
     ScanError,
@@ -636,3 +637,6 @@ def _note_geometry(stack: Stack, repairs: list[list[str]]) -> None:
     for notes, beside in zip(repairs, stack.beside_mm, strict=True):
         if beside > BESIDE_TOLERANCE_MM:
             notes.append(f"lies {beside:.1f} mm beside the line of the other slices")
+
+
+DICOM_READERS = {"dicom": Reader(discover_dicom, read_dicom)}

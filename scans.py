@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dicom_series import discover_dicom, read_dicom
+from dicom_series import DICOM_READERS
 from stage import stable_seed
 from volumes import (
     AIR_HU,
@@ -80,10 +80,8 @@ def read_phantom(job: Job) -> Scan:
     )
 
 
-READERS: dict[str, Reader] = {
-    "dicom": Reader(discover_dicom, read_dicom),
-    "phantom": Reader(discover_phantom, read_phantom),
-}
+PHANTOM_READERS = {"phantom": Reader(discover_phantom, read_phantom)}
+READERS: dict[str, Reader] = {**DICOM_READERS, **PHANTOM_READERS}
 
 
 def read_scan(job: Job) -> Scan:

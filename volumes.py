@@ -93,6 +93,8 @@ class Scan:
     intensity: str = "hu"  # or "windowed": 8-bit pictures that never can be HU again
     mask: np.ndarray | None = None  # (S, H, W) uint8 lesion classes
     truth: np.ndarray | None = None  # (S, H, W) int16 HU without noise; phantom only
+    low: dict[str, np.ndarray] = field(default_factory=dict)  # dose fraction as text -> (S, H, W) int16 HU
+    split: str | None = None  # "train", "val" or "test" where the data set itself says so
     padding_count: int = 0  # pixels set to -1024 because they were padding
     noise_hu: float = field(default=math.nan)  # anatomy.measure_noise_hu; NaN where there is no brain
 
