@@ -121,6 +121,7 @@ def write_scan(scan: Scan, folder: Path) -> Path:
                 "labels": scan.slice_labels[index],
                 "repairs": scan.repairs[index],
                 "sha256": hashes,
+                "mask_classes": None if scan.mask is None else np.unique(scan.mask[index]).tolist(),
                 "constant": bool(scan.hu[index].min() == scan.hu[index].max()),
             }
         )

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 STAGES = (
     "prepare_dataset",
     "split_dataset",
+    "check_dataset",
     "train_denoiser",
     "train_classifier",
     "run_experiments",
