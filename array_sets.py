@@ -82,6 +82,12 @@ def case_name(root: Path, folder: Path) -> str:
     return shown(root.absolute().name if folder == Path() else folder)
 
 
+def nothing_found(root: Path, wanted: str, seen: int) -> Rejected:
+    """What to say of a folder without a single job. seen: files in it."""
+    reason = f"no {wanted} in {shown(root)} ({seen} files seen) (give the folder above them)"
+    return Rejected(shown(root.name), shown(root), "no_ct", reason)
+
+
 def given_split(folder: Path) -> tuple[str | None, Path]:
     """(the split that a folder's path names, the path without it): the first train, val or test in it."""
     for place, part in enumerate(folder.parts):
@@ -333,13 +339,8 @@ def discover_npz(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
         inputs = _Slices(str(root / folder), paths, tuple(numbers), patient, split)
         jobs.append(Job("npz", uid, case_name(root, folder), inputs))
     if not jobs:
-        rejected.append(_nothing(root, "image.npz", len(files)))
+        rejected.append(nothing_found(root, "image.npz", len(files)))
     return jobs, rejected
-
-
-def _nothing(root: Path, wanted: str, seen: int) -> Rejected:
-    reason = f"no {wanted} in {shown(root)} ({seen} files seen) (give the folder above them)"
-    return Rejected(shown(root.name), shown(root), "no_ct", reason)
 
 
 def read_npz(job: Job) -> Scan:
@@ -442,7 +443,7 @@ def discover_pairs(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
         uid = pseudonym("pairs", os.fspath(folder), fingerprint(Path(full)))
         jobs.append(Job("pairs", uid, case_name(root, folder), _Pair(full, low, given_split(folder)[0])))
     if not jobs:
-        rejected.append(_nothing(root, f"sample with {FULL_DOSE}", len(files)))
+        rejected.append(nothing_found(root, f"sample with {FULL_DOSE}", len(files)))
     return jobs, rejected
 
 
@@ -538,7 +539,7 @@ def discover_lodopab(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
             inputs = _Row(str(root / file), row, patient, SPLIT_NAMES[part])
             jobs.append(Job("lodopab", uid, f"{case_name(root, file)} {row}", inputs))
     if not jobs:
-        rejected.append(_nothing(root, "ground_truth_<split>_<number>.hdf5", len(files)))
+        rejected.append(nothing_found(root, "ground_truth_<split>_<number>.hdf5", len(files)))
     return jobs, rejected
 
 

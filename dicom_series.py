@@ -365,7 +365,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _walk_archive(path: str) -> Iterator[tuple[str, ScanError | None]]:
-    """(path, what is wrong with it) of every member; the archive itself where nothing in it can be trusted."""
+    """(path, what is wrong with it) of every member, or the archive alone where it is refused as a whole."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -710,22 +710,26 @@ def _split_acquisitions(stack: list[_Header]) -> list[list[_Header]]:
     """Split by AcquisitionNumber where several acquisitions cover the same positions, and only there.
 
     Some scanners number every slice as an acquisition of its own, so a number alone means nothing."""
-    if len(_position_groups(stack)) == len(stack):
+    if len(position_groups(stack)) == len(stack):
         return [stack]
     parts: dict[str, list[_Header]] = {}
     for header in stack:
         parts.setdefault(header.acquisition, []).append(header)
-    clean = all(len(part) > 1 and len(_position_groups(part)) == len(part) for part in parts.values())
+    clean = all(len(part) > 1 and len(position_groups(part)) == len(part) for part in parts.values())
     return list(parts.values()) if clean else [stack]
 
 
-def _position_groups(stack: list[_Header]) -> list[list[_Header]]:
+def positions_mm(stack: list[_Header]) -> np.ndarray:
+    """(S,) positions along the normal of slices that have one."""
+    return np.array([header.corner for header in stack]) @ slice_normal(stack[0].orientation or AXIAL)
+
+
+def position_groups(stack: list[_Header]) -> list[list[_Header]]:
     """Slices with a position, grouped by it, in ascending order."""
     placed = [header for header in stack if header.corner is not None]
     if not placed:
         return [[header] for header in stack]
-    normal = slice_normal(placed[0].orientation or AXIAL)
-    positions = np.array([header.corner for header in placed]) @ normal
+    positions = positions_mm(placed)
     groups: list[list[_Header]] = []
     previous = -math.inf
     for index in np.argsort(positions, kind="stable"):
@@ -865,7 +869,7 @@ def _order(headers: list[_Header]) -> _Order:
         notes.append("ImageOrientationPatient is missing: taken as axial")
     thickness = first.thickness if first.thickness and first.thickness > 0 else None
     if first.corner is not None:
-        groups = _position_groups(headers)
+        groups = position_groups(headers)
         if len(groups) == 1 and thickness is None:
             notes.append(f"slice spacing unknown: {ASSUMED_SLICE_SPACING_MM:g} mm assumed")
         corners = np.array([group[0].corner for group in groups])

@@ -28,6 +28,7 @@ from array_sets import (
     flat_scan,
     given_split,
     list_files,
+    nothing_found,
     rejection,
     to_hu,
 )
@@ -116,8 +117,8 @@ def _chroma(values: np.ndarray) -> np.ndarray:
 NUMBERED = re.compile(r"(.*?)(\d+)(\D*)")  # text around the last number of a name
 DRAWINGS = {"overlay", "overlays", "mask", "masks"}  # what somebody drew, not what was scanned
 WHOLE_16_BIT = 65535
-# Ways in which 16-bit pictures hold HU, each proved by air at -1000: DeepLesion's, and the bare bits of int16.
-# An offset of 1000 or 1024 is none: they are too close to be told apart
+# Ways in which 16-bit pictures hold HU, each proved by air at -1000: DeepLesion's, and the bare bits of
+# int16. An offset of 1000 or 1024 is none: they are too close to be told apart
 OFFSETS = {"HU + 32768": 32768, "HU as signed 16 bit": 0}
 
 
@@ -159,13 +160,8 @@ def discover_png(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
             inputs = _Pictures(paths, tuple(scan), given_split(folder)[0])
             jobs.append(Job("png", uid, case_name(root, name), inputs))
     if not jobs:
-        rejected.append(_nothing(root, "PNG or JPEG", len(files)))
+        rejected.append(nothing_found(root, "PNG or JPEG", len(files)))
     return jobs, rejected
-
-
-def _nothing(root: Path, wanted: str, seen: int) -> Rejected:
-    reason = f"no {wanted} in {shown(root)} ({seen} files seen) (give the folder above them)"
-    return Rejected(shown(root.name), shown(root), "no_ct", reason)
 
 
 def _order(files: Sequence[Path]) -> dict[int, Path] | None:
@@ -290,7 +286,7 @@ def discover_brain_stroke(input_dir: str | Path) -> tuple[list[Job], list[Reject
         reason = "an overlay without its picture in PNG (download it again)"
         rejected.append(rejection(root, overlay, "no_image", reason))
     if not jobs:
-        rejected.append(_nothing(root, "picture in a folder PNG", len(files)))
+        rejected.append(nothing_found(root, "picture in a folder PNG", len(files)))
     return jobs, rejected
 
 
@@ -304,9 +300,9 @@ def _partner(file: Path, kind: str) -> tuple:
 def read_brain_stroke(job: Job) -> Scan:
     """Read one picture, its labels, and its mask from the difference to its overlay.
 
-    Normal has an empty mask; a stroke without an overlay, or with one that nobody painted, has an unknown one.
-    Pictures with the same pixels belong to the same patient. Raises ScanError if picture and overlay do not
-    fit, if a Normal picture has a lesion painted, or for more than 8 bit."""
+    Normal has an empty mask; a stroke without an overlay, or with one that nobody painted, has an unknown
+    one. Pictures with the same pixels belong to the same patient. Raises ScanError if picture and overlay do
+    not fit, if a Normal picture has a lesion painted, or for more than 8 bit."""
     made: _Annotated = job.inputs
     grey = read_picture(made.image)
     if grey.dtype != np.uint8:
@@ -346,7 +342,7 @@ def painted_lesion(path: str | Path, grey: np.ndarray) -> np.ndarray:
     another picture."""
     _, values = _open(Path(path), decode=True)
     if values.shape[:2] != grey.shape:
-        what = f"has {values.shape[0]} x {values.shape[1]} pixels, its picture has {grey.shape[0]} x {grey.shape[1]}"
+        what = f"has shape {values.shape[:2]}, its picture has {grey.shape}"
         raise ScanError(path, what, "download both again, or remove it", "overlay")
     colour = values[..., :3] if values.ndim == 3 else np.repeat(values[..., None], 3, axis=-1)
     painted = _chroma(colour) > PAINT_CHROMA

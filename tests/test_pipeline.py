@@ -180,6 +180,16 @@ def test_trained_networks_differ_from_where_they_began(trained):
     assert changed.mean() > 0.01
 
 
+def test_classifier_on_denoised_slices_learns_from_other_images_than_on_noisy_ones(trained):
+    _, models = trained
+    first = [
+        json.loads((models / f"{name}.jsonl").read_text().splitlines()[0])
+        for name in ("classifier", "classifier_noisy", "classifier_denoised")
+    ]
+    # the same weights, rows and noise to begin with: only what is shown differs
+    assert len({line["train_loss"] for line in first}) == 3
+
+
 def test_classifier_finetuned_begins_with_the_weights_of_its_parent(trained, tmp_path):
     data, models = trained
     parent = models / "classifier.pt"
