@@ -58,6 +58,8 @@ def test_study_writes_every_arm_dose_and_level_twice_the_same(trained, tmp_path,
     assert tuple(rows[0]) == run_experiments.COLUMNS
     assert len(rows) == 5 * 4 * 2
     assert {row["arm"] for row in rows} == {"1", "1n", "2", "2d"}
+    for row in rows:
+        assert (row["rmse_hu"] == row["rmse_hu_noisy"]) == (row["arm"] in ("1", "1n"))
     for arm in ("1 ", "1n", "2 ", "2d"):
         for dose in (1, 5, 10, 20, 40):
             assert f"Pipeline {arm} - Dose {dose} | Acc: " in table
