@@ -32,10 +32,7 @@ from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen 
 SAMPLED_SERIES = 50  # whose pixels are read again: enough to find a whole source that is not in HU
 SHOWN = 5  # examples of each finding
 NOISE_HU = (0.5, 30.0)  # outside it a scan is smoothed beyond use, or is no routine scan
-SPACING_MM = {
-    "slice": (0.3, 15.0),
-    "pixel": (0.15, 6.0),
-}  # head protocols, down to training sizes of 40 pixels
+SPACING_MM = {"slice": (0.3, 30.0), "pixel": (0.15, 6.0)}  # clinical, down to the coarsest for a trial
 
 
 def get_parser() -> stage.StageParser:

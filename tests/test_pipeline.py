@@ -16,8 +16,10 @@ import split_dataset
 import stage
 import train_classifier
 import train_denoiser
-from dataset import all_series, load_pack
-from inference import denoise, load_denoiser
+from dataset import all_series, fit_to_square, load_pack
+from inference import classify, denoise, load_classifier, load_denoiser
+from phantom import generate_phantom
+from tests.test_dicom_series import write_slice
 
 DENOISER = ["--widths", 4, 8, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
 CLASSIFIER = ["--width", 4, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
@@ -207,6 +209,37 @@ def test_classifier_finetuned_begins_with_the_weights_of_its_parent(trained, tmp
 
 
 # ---------------------------------------------------------------- a new scan
+
+
+@pytest.fixture(scope="module")
+def phantom_dicom(tmp_path_factory):
+    """(folder, phantom): a phantom of 4 slices of 60 x 52 pixels written as a DICOM series."""
+    made = generate_phantom(3, size=(60, 52), slices=4)
+    folder = tmp_path_factory.mktemp("dicom")
+    gap_mm, row_mm, column_mm = made.spacing_mm
+    for index, image in enumerate(made.hu):
+        tags = {"PixelSpacing": [round(row_mm, 6), round(column_mm, 6)]}
+        write_slice(folder / f"{index}.dcm", image, (-100.0, -90.0, gap_mm * index), **tags)
+    return folder, made
+
+
+def test_predict_denoises_every_slice_where_it_lies_and_reads_it(trained, phantom_dicom, tmp_path):
+    _, models = trained
+    folder, made = phantom_dicom
+    call(predict, "--input", folder, "--models", models, "--out", tmp_path, "--device", "cpu")
+    (out,) = tmp_path.iterdir()
+    network, _ = load_denoiser(models / "denoiser.pt")
+    image = nib.load(out / "denoised.nii.gz")
+    written = np.asarray(image.dataobj).transpose(2, 1, 0)
+    np.testing.assert_array_equal(written, denoise(network, made.hu).round())
+    assert image.affine @ [0, 0, 3, 1] == pytest.approx([100, 90, 3 * made.spacing_mm[0], 1], abs=0.01)
+    result = json.loads((out / "prediction.json").read_text())
+    classifier, facts = load_classifier(models / "classifier.pt")
+    small = fit_to_square(made.hu, made.spacing_mm, facts["size"], -1024)
+    found = [entry["probability"] for entry in result["slices"]]
+    assert found == pytest.approx(classify(classifier, small)[:, 0].tolist(), abs=1e-5)
+    assert result["scan"]["probability"] == max(found)
+    assert (out / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
