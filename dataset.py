@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def write_scan(scan: Scan, folder: Path) -> Path:
         place = partial / f"{index:05d}"
         place.mkdir(parents=True)
         for kind, volume in kinds.items():
-            np.savez_compressed(place / f"{kind}.npz", volume[index])
+            _write_npz(place / f"{kind}.npz", volume[index])
         hashes = {
             kind: hashlib.sha256(np.ascontiguousarray(volume[index])).hexdigest()
             for kind, volume in kinds.items()
@@ -151,6 +152,15 @@ def write_scan(scan: Scan, folder: Path) -> Path:
     partial.rename(final)
     stage.sync_folder(final.parent)
     return final
+
+
+def _write_npz(path: Path, array: np.ndarray) -> None:
+    """np.savez_compressed at zlib's fastest level: a sixth of the time for an eighth more space."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("arr_0.npy", "w") as file,
+    ):
+        np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def series_folders(data: Path, split: str) -> list[Path]:

@@ -37,6 +37,7 @@ def get_parser() -> stage.StageParser:
     group.add_argument("--slices", type=stage.positive_int, help="slices a scan (default: 24)")
     group.add_argument("--seed", type=stage.natural_int, help="which patients (default: 42)")
     parser.add_argument("--workers", type=stage.positive_int, default=2, help="processes (default: 2)")
+    parser.add_argument("--limit", type=stage.positive_int, help="only the first so many series, for a try")
     parser.add_argument(
         "--max-reject",
         type=stage.fraction,
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             seen = f"{len(rejected)} files left out" if rejected else "it holds no files"
             example = f", e.g. {rejected[0].file}: {rejected[0].reason}" if rejected else ""
             raise stage.InputError(f"{args.input}: no usable series ({seen}{example})")
+        jobs = jobs[: args.limit]
         finished = {folder.name for folder in all_series(args.out)}
         waiting = [job for job in jobs if job.series_uid not in finished]
         stage.log.info("%d series found, %d already prepared", len(jobs), len(jobs) - len(waiting))

@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -16,9 +21,10 @@ import split_dataset
 import stage
 import train_classifier
 import train_denoiser
-from dataset import all_series, fit_to_square, load_pack
+from dataset import all_series, fit_to_square, load_pack, read_metadata, read_slices
 from inference import classify, denoise, load_classifier, load_denoiser
 from phantom import generate_phantom
+from tests.conftest import ROOT
 from tests.test_dicom_series import write_slice
 
 DENOISER = ["--widths", 4, 8, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
@@ -389,6 +395,37 @@ def test_prepare_of_more_patients_keeps_the_first_ones(tmp_path):
     call(prepare_dataset, *arguments, "--patients", 4, "--out", tmp_path / "b")
     few, many = ({folder.name for folder in all_series(tmp_path / name)} for name in "ab")
     assert few < many
+
+
+def test_prepare_with_a_limit_makes_that_many_and_goes_on_later(tmp_path):
+    arguments = ["--source", "phantom", "--patients", 4, "--size", 32, "--slices", 2, "--out", tmp_path]
+    call(prepare_dataset, *arguments, "--limit", 2)
+    first = set(all_series(tmp_path))
+    assert len(first) == 2
+    call(prepare_dataset, *arguments)
+    assert len(all_series(tmp_path)) == 4
+    assert first < set(all_series(tmp_path))
+
+
+@pytest.mark.slow
+def test_prepare_killed_at_any_moment_leaves_whole_series_and_goes_on(tmp_path):
+    options = ["--source", "phantom", "--patients", "8", "--size", "48", "--slices", "4", "--workers", "2"]
+    call(prepare_dataset, *options, "--out", tmp_path / "whole")
+    expected = snapshot(tmp_path / "whole")
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "prepare_dataset.py"), *options, "--out", str(out)]
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        before = len(all_series(out))
+        while len(all_series(out)) == before and process.poll() is None:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for folder in all_series(out):
+            read_slices(folder, "truth", len(read_metadata(folder)["slices"]))
+    assert process.returncode == -signal.SIGKILL
+    call(prepare_dataset, *options, "--out", out)
+    assert snapshot(out) == expected
 
 
 @pytest.mark.parametrize(
