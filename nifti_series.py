@@ -23,7 +23,7 @@ import nibabel as nib
 import numpy as np
 
 from anatomy import LESION_CLASSES
-from dicom_series import JUNK_NAMES, SKIPPED, hu_fault
+from dicom_series import JUNK_NAMES, MAX_SIDE_PX, SKIPPED, hu_fault
 from volumes import (
     AIR_HU,
     BESIDE_TOLERANCE_MM,
@@ -49,10 +49,10 @@ MAX_EXPANDED_BYTES = 2 << 30  # eight times a thin-slice head of 512 x 512 x 500
 MAX_OFFSET_BYTES = 1 << 26  # of header extensions before the voxels
 MOST_DEFLATE_SHRINKS = 1032  # the format's limit: a gzip file that promises more lies
 SPACING_RANGE_MM = (0.05, 50.0)  # a micro-CT of an ear to the gaps of a planning scan
-MOST_PIXEL_STRETCH = (
-    3.0  # longer pixels are the thick slices of a coronal or sagittal scan seen from the edge
-)
+MOST_PIXEL_STRETCH = 3.0  # longer pixels are thick coronal or sagittal slices, seen from the edge
 PERPENDICULAR = 0.01  # cosine between rows and columns
+MOST_LEAN = 0.5  # volume of a voxel over that of its upright twin: 60 degrees, and gantries tilt by 30
+MOST_FAR_MM = 1e5  # from the origin: beyond it float32 headers no longer place slices to 0.01 mm
 SAME_AFFINE = 1e-3  # mm per voxel and mm: float32 headers agree better than that
 MOST_LESION = 0.5  # of the volume: more is an inverted mask, or not one of a lesion
 HU_OFFSET = 1024  # what writers of unsigned files add
@@ -88,12 +88,16 @@ class _Header(NamedTuple):
     notes: list[str]
 
 
+def _need_regular(path: str) -> None:
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # a pipe would wait for ever
+        raise ScanError(path, "a link or a special file", "copy the file itself here", "not_regular")
+
+
 @contextlib.contextmanager
 def _unpacked(path: str) -> Iterator[tuple[IO[bytes], int]]:
     """(stream, the most bytes that it can hold) of a file, gzip or not by its content. Raises ScanError."""
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise ScanError(path, "a link or a special file", "copy the file itself here", "not_regular")
+        _need_regular(path)
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             packed = file.read(2) == GZIP_MAGIC
@@ -155,6 +159,9 @@ def _read_header(path: str, stream: IO[bytes], most_bytes: int) -> _Header:
     if offset + voxels * dtype.itemsize > most_bytes:
         what = f"truncated: too small for {' x '.join(map(str, shape))} voxels"
         raise ScanError(path, what, "copy or download it again", "truncated")
+    if max(shape) > MAX_SIDE_PX:  # a plane is held as floats: this bounds its memory
+        what = f"{' x '.join(map(str, shape))} voxels are no CT scan"
+        raise ScanError(path, what, "its header is damaged, or crop it", "too_large")
     slope, intercept = _scaling(path, header)
     affine, notes = _affine(path, header, shape)
     return _Header(shape, dtype, int(offset), slope, intercept, LPS_TO_RAS @ affine, notes)
@@ -221,6 +228,9 @@ def _affine(path: str, header: nib.Nifti1Header, shape: tuple[int, int, int]) ->
     if spacing.min() < SPACING_RANGE_MM[0] or spacing.max() > SPACING_RANGE_MM[1]:
         what = f"voxels of {' x '.join(f'{s:g}' for s in spacing)} mm are impossible in CT"
         raise ScanError(path, what, fix, "no_geometry")
+    lean = abs(np.linalg.det(affine[:3, :3])) / spacing.prod()
+    if lean < MOST_LEAN or np.abs(affine[:3, 3]).max() > MOST_FAR_MM:
+        raise ScanError(path, "its affine is skewed or far away, impossible in CT", fix, "no_geometry")
     if np.abs(spacing / (pixdim * MM_PER_UNIT[unit]) - 1).max() > 0.01:
         notes.append("pixdim and the affine tell different voxel sizes: affine taken")
     return affine, notes
@@ -265,7 +275,7 @@ def _grid(header: _Header) -> _Grid:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[_Header, Iterator[np.ndarray]]]:
-    """(header, planes along the third stored axis, (j, i) float64 in the unit of the file)."""
+    """(header, planes along the third stored axis, (j, i) float, scaled)."""
     with _unpacked(path) as (stream, most_bytes):
         header = _read_header(path, stream, most_bytes)
         yield header, _planes(path, stream, header)
@@ -276,13 +286,16 @@ def _planes(path: str, stream: IO[bytes], header: _Header) -> Iterator[np.ndarra
     columns, rows, slices = header.shape
     _read_exactly(stream, header.offset - stream.tell())  # extensions: nobody reads them
     size = columns * rows * header.dtype.itemsize
+    exact = np.result_type(header.dtype, np.float32)  # float64 where float32 would round
     for _ in range(slices):
         block = _read_exactly(stream, size)
         if len(block) < size:
             what = "truncated: its voxels are incomplete"
             raise ScanError(path, what, "copy or download it again", "truncated")
-        plane = np.frombuffer(block, header.dtype).reshape(rows, columns).astype(np.float64)
-        yield plane * header.slope + header.intercept
+        plane = np.frombuffer(block, header.dtype).reshape(rows, columns).astype(exact)
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite: the caller sees it
+            plane = plane * header.slope + header.intercept
+        yield plane
     if stream.read(1):
         what = "holds more bytes than its header promises"
         raise ScanError(path, what, "its header or the file is damaged, export it again", "damaged")
@@ -294,7 +307,7 @@ class _Image(NamedTuple):
     hu: np.ndarray  # (S, H, W) int16
     affine_lps: np.ndarray
     stored_slices: list[int] | None
-    padding: list[int]  # per slice, pixels
+    padding_count: int
     notes: list[str]
 
 
@@ -303,16 +316,14 @@ def _read_image(path: str) -> _Image:
     with _opened(path) as (header, planes):
         grid = _grid(header)
         hu = np.empty(header.shape[::-1], np.int16)
-        outside = np.zeros(header.shape[::-1], bool)
-        nan_count = 0
+        no_numbers = False
         limits = np.iinfo(np.int16)
         for index, plane in enumerate(planes):
             unknown = ~np.isfinite(plane)
-            nan_count += int(unknown.sum())
-            outside[index] = unknown | (plane <= OUTSIDE_FOV_HU)
-            plane[unknown] = AIR_HU
+            no_numbers |= bool(unknown.any())
+            plane[unknown] = OUTSIDE_FOV_HU
             hu[index] = plane.round().clip(limits.min, limits.max)
-    hu, outside = grid.arrange(hu), grid.arrange(outside)
+    hu = grid.arrange(hu)
     _check_pixels(path, grid.affine_lps)
     fault = hu_fault(hu)
     if fault:
@@ -322,15 +333,15 @@ def _read_image(path: str) -> _Image:
             fix = f"set scl_inter to -{HU_OFFSET}, or export it in HU"
             raise ScanError(path, f"{fault}, they look like HU + {HU_OFFSET}", fix, "not_hu")
         raise ScanError(path, fault, "export it in HU", "not_hu")
-    hu[outside] = AIR_HU
-    np.clip(hu, AIR_HU, MAX_HU, out=hu)
+    padding_count = np.count_nonzero(hu <= OUTSIDE_FOV_HU)
+    np.clip(hu, AIR_HU, MAX_HU, out=hu)  # padding becomes air
     notes = list(header.notes)
-    if nan_count:
+    if no_numbers:
         notes.append("voxels that are no numbers: taken as padding")
     stored_slices = grid.stored_slices(len(hu))
     if stored_slices is None:
         notes.append("stored in sagittal or coronal order: cut into axial slices")
-    return _Image(hu, grid.affine_lps, stored_slices, outside.sum(axis=(1, 2)).tolist(), notes)
+    return _Image(hu, grid.affine_lps, stored_slices, padding_count, notes)
 
 
 def _check_pixels(path: str, affine: np.ndarray) -> None:
@@ -423,12 +434,13 @@ def _read(job: Job, annotate: Callable[[_Inputs, np.ndarray | None, _Image], _An
         slice_labels=annotation.slice_labels,
         repairs=[notes + own for own in annotation.slice_notes],
         mask=annotation.mask,
-        padding_count=sum(image.padding),
+        padding_count=image.padding_count,
     )
 
 
 def _check_sha256(path: str, expected: str) -> None:
     try:
+        _need_regular(path)
         with Path(path).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -452,10 +464,17 @@ def _over_slices(slice_labels: list[dict[str, int | None]]) -> dict[str, int | N
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Everything under root but folders and an operating system's litter; links are not followed."""
-    for folder, subfolders, names in os.walk(root):
+    """Everything under root but folders and an operating system's litter; links are not followed.
+
+    Raises OSError for a folder that cannot be listed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders.sort()
-        for name in sorted(names):
+        links = [name for name in subfolders if Path(folder, name).is_symlink()]
+        for name in sorted(names + links):
             if name.lower() not in JUNK_NAMES and not name.startswith("._"):
                 yield str(Path(folder, name))
 
@@ -528,6 +547,8 @@ def discover_nifti(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
                 jobs.append(_nifti_job(root, path, masks[path]))
             except ScanError as error:
                 rejected.append(_rejected(root, path, error))
+        elif Path(path).is_symlink():
+            rejected.append(_left_out(root, path, "not_regular", "a link (copy what it points to here)"))
         elif not NIFTI_SUFFIX.search(path):
             rejected.append(_left_out(root, path, "other_file", f"not a NIfTI file ({SKIPPED})"))
         elif path not in used:
@@ -622,6 +643,8 @@ def discover_ct_ich(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
         if LABEL_FILE in sums:
             _check_sha256(str(label_file), sums[LABEL_FILE])
         rows = _read_rows(label_file, text)
+        for folder in ("ct_scans", "masks"):
+            _need_folder(root / folder)
     except ScanError as error:
         return [], [Rejected(shown(root.name), error.file, error.code, f"{error.what} ({error.fix})")]
     jobs, rejected, seen = [], [], set()
@@ -654,7 +677,7 @@ def discover_ct_ich(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
             reason = f"listed in {SUMS_FILE}, but not there (download it again)"
             rejected.append(Rejected(shown(path), shown(root / path), "missing", reason))
     for (number, code), lines in sorted(rows.faults.items()):
-        reason = f"patient {number}: {len(lines)} rows, {'; '.join(lines[:3])}"
+        reason = f"patient {number}: {len(lines)} in the label file, {'; '.join(lines[:3])}"
         reason += f"{'; ...' if len(lines) > 3 else ''} ({ROW_FAULTS[code]})"
         rejected.append(Rejected(f"{number:03d}", shown(label_file), code, reason))
     if not jobs and not rejected:
@@ -742,17 +765,17 @@ def _add_row(path: Path, rows: _Rows, row: dict[str, str | None], line: int) -> 
         raise ScanError(path, what, "correct the line", "label_file")
     labels, fault = _row_labels(row)
     known = rows.labels.setdefault(patient, {})
+    notes = rows.notes.setdefault(patient, {})
     if number in known:
         if labels == known[number]:
-            note = "its row stands twice in the label file"
-            rows.notes.setdefault(patient, {})[number] = (note,)
+            notes[number] = (*notes.get(number, ()), "its row stands twice in the label file")
             return
         labels, fault = unknown_labels(), ("label_conflict", "differs from an earlier row of its slice")
     known[number] = labels
     if fault:
         code, what = fault
         rows.faults.setdefault((patient, code), []).append(f"slice {number} (line {line}): {what}")
-        rows.notes.setdefault(patient, {})[number] = (f"labels unknown: {what}",)
+        notes[number] = (*notes.get(number, ()), f"labels unknown: {what}")
 
 
 def _row_labels(row: dict[str, str | None]) -> tuple[dict[str, int | None], tuple[str, str] | None]:
@@ -816,38 +839,46 @@ def read_ct_ich(job: Job) -> Scan:
 
 # ---------------------------------------------------------------- BHSD
 
-BHSD_MASK_FOLDERS = ("ground truths", "labels", "masks")
+BHSD_FOLDERS = {  # of images -> of their masks; the set is about in two layouts
+    "images": ("ground truths", "labels", "masks"),
+    "imagesTr": ("labelsTr",),
+    "imagesTs": ("labelsTs",),
+}
 # From 1 on; the same order as ours, but theirs to choose
 BHSD_CLASSES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 BHSD_STEM = re.compile(r"(ID_[0-9a-f]{8})_(ID_[0-9a-f]{10})")
 
 
 def discover_bhsd(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
-    """The scans of BHSD with masks of five classes: images/ and "ground truths"/ (or labels/, masks/) side by
-    side, in input_dir or anywhere below it, with the same names.
+    """The scans of BHSD with masks of five classes: images/ and "ground truths"/ (or labels/, masks/), or
+    imagesTr/ and labelsTr/, side by side in input_dir or anywhere below it, with the same names.
 
     Names are RSNA 2019 ids of patient and study. They are hashed as the DICOM reader hashes the ids of a
     header, so that a patient of both sets has one pseudonym and is found on two sides of a split.
     Returns (jobs, rejected). Raises ScanError if input_dir does not exist. Source: Wu et al. 2023,
     arXiv 2308.11298."""
     root = _need_folder(input_dir)
-    jobs, rejected, used = [], [], set()
+    jobs, rejected, used, stems = [], [], set(), set()
+    mask_folders = {name for names in BHSD_FOLDERS.values() for name in names}
     mask_files = []
     for path in _files(root):
         folder = Path(path).parent
-        if folder.name in BHSD_MASK_FOLDERS and NIFTI_SUFFIX.search(path):
+        if folder.name in mask_folders and NIFTI_SUFFIX.search(path):
             mask_files.append(path)
-        if folder.name != "images":
+        if folder.name not in BHSD_FOLDERS:
             continue
         if not NIFTI_SUFFIX.search(path):
             rejected.append(_left_out(root, path, "other_file", f"not a NIfTI file ({SKIPPED})"))
             continue
-        mask = _first_present(*(folder.parent / name / _stem(path) for name in BHSD_MASK_FOLDERS))
+        mask = _first_present(*(folder.parent / name / _stem(path) for name in BHSD_FOLDERS[folder.name]))
         used.add(mask)
         try:
             if mask is None:
                 fix = "add its ground truth, or read it with --source nifti"
                 raise ScanError(path, "no mask", fix, "no_mask")
+            if _stem(path) in stems:
+                raise ScanError(path, "a second scan of this name", "keep one of them", "duplicate")
+            stems.add(_stem(path))
             _header_of(path)
             jobs.append(_bhsd_job(root, path, mask))
         except ScanError as error:
@@ -868,7 +899,7 @@ def _bhsd_job(root: Path, path: str, mask: str) -> Job:
     patient, study = (ids[1], ids[2]) if ids else (stem, stem)
     notes = () if ids else ("not named by RSNA ids: this file counts as one patient",)
     inputs = _Inputs(path, mask, pseudonym("patient", patient), pseudonym("study", patient, study), notes)
-    return Job("bhsd", pseudonym("bhsd", _relative(root, path)), _relative(root, path), inputs)
+    return Job("bhsd", pseudonym("bhsd", stem), _relative(root, path), inputs)
 
 
 def _annotate_bhsd(inputs: _Inputs, values: np.ndarray | None, image: _Image) -> _Annotation:

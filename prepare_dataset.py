@@ -63,9 +63,13 @@ def reader_options(args) -> dict:
     return {"input_dir": args.input}
 
 
+def _start_worker() -> None:
+    stage.die_with_parent()
+    torch.set_num_threads(1)  # the processes are the parallelism
+
+
 def _prepare(job: Job, folder: Path) -> None:
     """One series, in a worker process."""
-    torch.set_num_threads(1)  # the processes are the parallelism
     write_scan(read_scan(job), folder)
 
 
@@ -73,7 +77,7 @@ def prepare(jobs: list[Job], folder: Path, workers: int) -> Iterator[Rejected]:
     """Write every job below folder; yield the series that could not be used.
 
     Raises StageError if a worker dies."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker) as pool:
         futures = {pool.submit(_prepare, job, folder): job for job in jobs}
         try:
             done = as_completed(futures)

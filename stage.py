@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -14,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED, EXIT_LOCKED, EXIT_DISK, EXIT_INTERRUPTED = 1, 2, 3, 4, 5, 130
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NO_MEMORY = "not enough memory (a smaller --batch-size or --size needs less)"
 
 log = logging.getLogger("ldct")
@@ -242,6 +245,14 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         file.write(f"{Path(sys.argv[0]).name}, pid {os.getpid()} on {socket.gethostname()} since {started}")
         file.flush()
         yield
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this worker process when the one that made it dies.
+
+    A worker that outlived a killed parent would hold the parent's locks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

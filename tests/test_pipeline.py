@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -372,7 +371,8 @@ def test_classifier_of_unknown_labels_needs_them_assumed(split_data, tmp_path):
 
 
 def snapshot(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    files = [path for path in folder.rglob("*.*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_prepare_again_makes_nothing_new_and_mends_what_was_killed(tmp_path, capsys):
@@ -415,12 +415,14 @@ def test_prepare_killed_at_any_moment_leaves_whole_series_and_goes_on(tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "prepare_dataset.py"), *options, "--out", str(out)]
     for _ in range(3):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         before = len(all_series(out))
         while len(all_series(out)) == before and process.poll() is None:
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # the parent alone: its workers must not live on and keep the lock
         process.wait()
+        with stage.lock(out / ".lock", wait=True):
+            pass
         for folder in all_series(out):
             read_slices(folder, "truth", len(read_metadata(folder)["slices"]))
     assert process.returncode == -signal.SIGKILL
