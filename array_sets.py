@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dicom_series import AXIAL, JUNK_NAMES, MAX_SIDE_PX, SKIPPED, hu_fault
+from dicom_series import AIR_RANGE_HU, AXIAL, JUNK_NAMES, MAX_SIDE_PX, MIN_FRACTION, SKIPPED, hu_fault
 from volumes import (
     AIR_HU,
     ASSUMED_SLICE_SPACING_MM,
@@ -167,6 +168,14 @@ def flat_scan(
     )
 
 
+def slices_fault(hu: np.ndarray) -> str | None:
+    """hu_fault of (S, H, W), but a slice by itself need only show air: at the vertex there is little else."""
+    low, high = AIR_RANGE_HU
+    if len(hu) == 1 and np.mean((hu > low) & (hu < high)) >= MIN_FRACTION:
+        return None
+    return hu_fault(hu)
+
+
 def to_hu(hu: np.ndarray) -> tuple[np.ndarray, int]:
     """HU of any type -> (int16 HU in [-1024, 3071], how many pixels were padding)."""
     padding = hu <= OUTSIDE_FOV_HU
@@ -178,7 +187,7 @@ def to_hu(hu: np.ndarray) -> tuple[np.ndarray, int]:
 MAX_ARRAY_BYTES = MAX_SIDE_PX * MAX_SIDE_PX * 8 + 4096  # the largest CT slice in float64, and its header
 MAX_MEMBERS = 64  # a slice and what a system keeps beside it
 MAX_RATIO = 200  # no CT slice compresses as well
-SMALL_BYTES = 1 << 24  # but an empty mask compresses a thousandfold, and up to here that does no harm
+SMALL_BYTES = MAX_SIDE_PX * MAX_SIDE_PX + 4096  # but an empty mask compresses a thousandfold
 IMAGE_KEYS, MASK_KEYS = ("arr_0", "image"), ("arr_0", "mask")
 
 ARRAY_ERRORS = (  # what numpy and zipfile raise on damaged files
@@ -192,6 +201,7 @@ ARRAY_ERRORS = (  # what numpy and zipfile raise on damaged files
     TypeError,
     ValueError,
     struct.error,
+    tokenize.TokenError,  # numpy parses a header that literal_eval refuses a second time
     zlib.error,
 )
 
@@ -361,7 +371,7 @@ def read_npz(job: Job) -> Scan:
         "numbers": made.numbers,
         "mask": None if missing else _lesions(masks, values.shape[1:]),
     }
-    fault = hu_fault(values)
+    fault = slices_fault(values)
     if fault is None:
         hu, padding = to_hu(values)
         return flat_scan(job, hu, notes, padding_count=padding, **common)
@@ -455,7 +465,7 @@ def read_pairs(job: Job) -> Scan:
     paths = [pair.full, *(path for _, path in pair.low)]
     volumes = _stacked(paths, [load_array(path) for path in paths])
     for path, values in zip(paths, volumes, strict=True):
-        fault = hu_fault(values)
+        fault = slices_fault(values[None])
         if fault:
             raise ScanError(path, fault, "write its values in HU", "not_hu")
     hu, padding = to_hu(volumes[:1])
@@ -483,9 +493,10 @@ MU_WATER_PER_M, MU_AIR_PER_M = 20.0, 0.02
 MU_MAX_PER_M = MU_WATER_PER_M + 3071 * (MU_WATER_PER_M - MU_AIR_PER_M) / 1000
 LODOPAB_FIELD_MM = 260.0  # of the simulated geometry; the scans' own pixel size is lost
 LODOPAB_ROWS = 128  # slices in every file but the last, whose rest is zeros
-# The set adds 0..1 to whole HU, so rounding down finds them again. float32 keeps 81/m to 0.0003 HU: with this
+# The set adds 0..1 to whole HU, so rounding down finds them again. float32 keeps 81/m to 0.0004 HU: with this
 # much more, files made without that addition come out right as well
-FLOOR_SLACK_HU = 0.002
+FLOOR_SLACK_HU = 0.0005
+NO_ATTENUATION_HU = -1001  # the lowest whole HU that the set can hold, all below it became this
 LODOPAB_FILE = re.compile(r"ground_truth_(train|validation|test)_(\d+)\.hdf5")
 LODOPAB_PATIENTS = re.compile(r"patient_ids_rand_(train|validation|test)\.csv")
 HDF5_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -547,7 +558,7 @@ def discover_lodopab(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
 def _open_hdf5(path: Path) -> Iterator[Any]:
     """The dataset `data` of a file, checked, nothing of it read yet. Raises ScanError."""
     try:
-        import h5py
+        import h5py  # here, so that no other source needs it
     except ImportError:
         raise ScanError(path, "HDF5 needs a reader", "pip install h5py", "no_decoder") from None
     try:
@@ -592,7 +603,7 @@ def read_lodopab(job: Job) -> Scan:
         what = f"slice {place.row} has values outside 0 to 1, or not finite"
         raise ScanError(place.file, what, "download it again", "not_hu")
     hu = (scaled * MU_MAX_PER_M - MU_WATER_PER_M) / (MU_WATER_PER_M - MU_AIR_PER_M) * 1000
-    fault = hu_fault(hu)
+    fault = slices_fault(hu[None])
     if fault:
         raise ScanError(place.file, f"slice {place.row}: {fault}", "download it again", "not_hu")
     notes = ["pixel spacing is that of the simulation, not of the scan"]
@@ -600,7 +611,7 @@ def read_lodopab(job: Job) -> Scan:
         notes.append(f"patient unknown: all of {place.split} count as one")
     return flat_scan(
         job,
-        np.floor(hu + FLOOR_SLACK_HU).clip(AIR_HU, MAX_HU).astype(np.int16)[None],
+        np.floor(hu + FLOOR_SLACK_HU).clip(NO_ATTENUATION_HU, MAX_HU).astype(np.int16)[None],
         notes,
         patient_id=pseudonym("patient", "lodopab", place.split, place.patient or ""),
         split=place.split,

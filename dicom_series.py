@@ -10,9 +10,11 @@ import contextlib
 import functools
 import io
 import itertools
+import logging
 import math
 import multiprocessing
 import os
+import re
 import stat
 import struct
 import warnings
@@ -82,6 +84,22 @@ UNCOMPRESSED = {IMPLICIT, "1.2.840.10008.1.2.1", BIG_ENDIAN}
 LOCALIZER_WORDS = {"LOCALIZER", "SCOUT", "SURVIEW", "TOPOGRAM"}
 REPORT_WORDS = {"DOSE_INFO", "DOSE INFO", "SCREEN SAVE", "REF_SURVIEW"}
 
+MODALITIES = {
+    "CR",
+    "DX",
+    "MR",
+    "OT",
+    "PR",
+    "PT",
+    "RTDOSE",
+    "RTPLAN",
+    "RTSTRUCT",
+    "SC",
+    "SEG",
+    "SR",
+    "US",
+    "XA",
+}
 SKIPPED = "nothing to do, it is skipped"
 JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
@@ -130,10 +148,17 @@ class _Header(NamedTuple):
 
 @contextlib.contextmanager
 def _quiet_pydicom() -> Iterator[None]:
-    """No complaints about invalid UIDs and the like: real archives are full of them, and they do no harm."""
+    """No complaints about invalid UIDs and the like: real archives are full of them, they do no harm, and
+    they quote what the files say."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
     with warnings.catch_warnings(), pydicom.config.disable_value_validation():
         warnings.simplefilter("ignore")
-        yield
+        logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _open_dicom(path: str, tags: Sequence[str]) -> pydicom.Dataset:
@@ -329,7 +354,8 @@ def read_headers(paths: Iterable[str], workers: int = 1) -> Iterator[tuple[str, 
 
 # ---------------------------------------------------------------- zip archives
 
-IN_ARCHIVE = ".zip//"  # between an archive and its member; paths of real files have no double slash inside
+# Between an archive and its member; paths of real files have no double slash inside
+IN_ARCHIVE = re.compile(r"(?<=\.zip)//", re.IGNORECASE)
 MAX_MEMBERS = 100_000  # several whole studies
 MAX_ARCHIVE_BYTES = 1 << 35  # 32 GiB unpacked: the same
 MAX_RATIO = 200  # unpacked to packed; CT slices reach 10, bombs 1000
@@ -337,14 +363,14 @@ ARCHIVE_SUFFIXES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"}
 
 
 def _in_archive(path: str) -> bool:
-    return "//" in path and IN_ARCHIVE in path.lower()
+    return "//" in path and IN_ARCHIVE.search(path) is not None
 
 
 def _archived(path: str) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
-    end = path.lower().index(IN_ARCHIVE) + len(".zip")
-    facts = Path(path[:end]).stat()
-    archive = _open_archive(path[:end], (facts.st_size, facts.st_mtime_ns), os.getpid())
-    return archive, archive.getinfo(path[end + len("//") :])
+    place, member = IN_ARCHIVE.split(path, maxsplit=1)
+    facts = Path(place).stat()
+    archive = _open_archive(place, (facts.st_size, facts.st_mtime_ns), os.getpid())
+    return archive, archive.getinfo(member)
 
 
 @functools.lru_cache(maxsize=1)  # a series lies in one archive; its table of contents is read once
@@ -377,7 +403,7 @@ def _walk_archive(path: str) -> Iterator[tuple[str, ScanError | None]]:
         return
     for member in members:
         name = PurePosixPath(member.filename)
-        if member.is_dir() or _is_junk(name.name) or name.parts[0] == "__MACOSX":
+        if member.is_dir() or _is_junk(name.name) or name.parts[:1] == ("__MACOSX",):
             continue
         place = f"{path}//{member.filename}"
         problem = None
@@ -427,8 +453,8 @@ def _check_kind(path: str, tags: dict[str, Any]) -> None:
         or sop_class not in ("", CT_IMAGE, *ENHANCED_CT)
         or not (modality or sop_class)
     ):
-        kind = pydicom.uid.UID(sop_class).name if sop_class else "no SOP class"
-        raise ScanError(path, f"not a CT image (modality {modality or 'missing'}, {kind})", SKIPPED, "not_ct")
+        what = f"not a CT image (modality {_spoken(modality, MODALITIES)}, {_uid_name(sop_class)})"
+        raise ScanError(path, what, SKIPPED, "not_ct")
     if sop_class in ENHANCED_CT or _number(tags.get("NumberOfFrames") or 1) > 1:
         what = "an enhanced (multi-frame) CT object"
         raise ScanError(path, what, "export it as classic CT images", "multi_frame")
@@ -436,6 +462,15 @@ def _check_kind(path: str, tags: dict[str, Any]) -> None:
         raise ScanError(path, "a colour picture, not a CT slice", SKIPPED, "colour")
     if words & LOCALIZER_WORDS:
         raise ScanError(path, "a localizer, not a CT slice", SKIPPED, "localizer")
+
+
+def _spoken(word: str, known: set[str]) -> str:
+    """A word of a file as a message may repeat it: a field can hold anything, a name too."""
+    return word if word in known else "unknown" if word else "missing"
+
+
+def _uid_name(uid: str) -> str:
+    return pydicom.uid.UID(uid).name if uid in pydicom.uid.UID_dictionary else "of an unknown kind"
 
 
 def _text(tags: dict[str, Any], name: str) -> str:
@@ -707,16 +742,18 @@ def _fits(a: _Header, b: _Header) -> bool:
 
 
 def _split_acquisitions(stack: list[_Header]) -> list[list[_Header]]:
-    """Split by AcquisitionNumber where several acquisitions cover the same positions, and only there.
+    """Split by AcquisitionNumber or by kernel where several cover the same positions, and only there.
 
     Some scanners number every slice as an acquisition of its own, so a number alone means nothing."""
     if len(position_groups(stack)) == len(stack):
         return [stack]
-    parts: dict[str, list[_Header]] = {}
-    for header in stack:
-        parts.setdefault(header.acquisition, []).append(header)
-    clean = all(len(part) > 1 and len(position_groups(part)) == len(part) for part in parts.values())
-    return list(parts.values()) if clean else [stack]
+    for names in (("acquisition",), ("kernel",), ("acquisition", "kernel")):
+        parts: dict[tuple, list[_Header]] = {}
+        for header in stack:
+            parts.setdefault(tuple(getattr(header, name) for name in names), []).append(header)
+        if all(len(part) > 1 and len(position_groups(part)) == len(part) for part in parts.values()):
+            return list(parts.values())
+    return [stack]
 
 
 def positions_mm(stack: list[_Header]) -> np.ndarray:
@@ -770,19 +807,20 @@ CODECS = {
 def _decode(path: str, dataset: pydicom.Dataset) -> np.ndarray:
     """Stored values (H, W). Raises ScanError."""
     syntax = dataset.file_meta.TransferSyntaxUID
+    name = _uid_name(syntax)
     try:
         if syntax.is_compressed and not get_decoder(syntax).is_available:
-            package = next((package for word, package in CODECS.items() if word in syntax.name), None)
+            package = next((package for word, package in CODECS.items() if word in name), None)
             if package:
                 fix = f"pip install pylibjpeg {package}"
-                raise ScanError(path, f"{syntax.name} needs a decoder", fix, "no_decoder")
+                raise ScanError(path, f"{name} needs a decoder", fix, "no_decoder")
         if syntax == pydicom.uid.RLELossless:
             dataset.pixel_array_options(decoding_plugin="pydicom")  # the others abort on damaged data
         stored = dataset.pixel_array
     except ScanError:
         raise
     except (*DICOM_ERRORS, MemoryError):
-        what = f"its pixels cannot be decoded ({syntax.name})"
+        what = f"its pixels cannot be decoded ({name})"
         raise ScanError(path, what, "export it again, uncompressed", "pixels") from None
     if stored.shape != (dataset.Rows, dataset.Columns):
         raise ScanError(path, f"its pixels have shape {stored.shape}", "export it again", "pixels")

@@ -54,28 +54,25 @@ def _counted(file: Path, code: str, names: Sequence[str], what: str, fix: str) -
 
 RSNA_FOLDER, RSNA_CSV = "stage_2_train", "stage_2_train.csv"
 RSNA_ROOT = "rsna-intracranial-hemorrhage-detection"  # what Kaggle's archive calls it
-ALL_UNKNOWN = (1 << len(RSNA_LABELS)) - 1
+UNKNOWN = (1 << len(RSNA_LABELS)) - 1 << len(RSNA_LABELS)  # packed: all bits of unknown, none positive
 MAX_UNLABELLED = 0.01  # share of images; more than that is the wrong table, not a few lost rows
 
 
-class _RsnaLabels(NamedTuple):
-    """The labels of each image as two sets of bits in RSNA_LABELS' order, unknown << 6 | positive: three
-    quarters of a million dicts would take a gigabyte."""
+class RsnaTable(NamedTuple):
+    """The labels of each image, packed: three quarters of a million dicts would take a gigabyte."""
 
-    bits: dict[str, int]
-    notes: list[Rejected]
-
-    def of(self, image: str) -> Labels:
-        bits = self.bits.get(image, ALL_UNKNOWN << len(RSNA_LABELS))
-        unknown = bits >> len(RSNA_LABELS)
-        known = {
-            name: None if unknown >> place & 1 else bits >> place & 1
-            for place, name in enumerate(RSNA_LABELS)
-        }
-        return unknown_labels() | known
+    packed: dict[str, int]  # image -> unknown << 6 | positive, each a set of bits in RSNA_LABELS' order
+    notes: list[Rejected]  # what was wrong with the table
 
 
-def read_rsna_labels(path: Path) -> _RsnaLabels:
+def unpack_labels(packed: int) -> Labels:
+    """The labels of an image by name."""
+    unknown = packed >> len(RSNA_LABELS)
+    places = enumerate(RSNA_LABELS)
+    return unknown_labels() | {n: None if unknown >> i & 1 else packed >> i & 1 for i, n in places}
+
+
+def read_rsna_labels(path: Path) -> RsnaTable:
     """stage_2_train.csv: `ID,Label` with ID = `ID_<hex>_<subtype>`, one row for each image and subtype.
 
     A row that repeats another is dropped, rows that disagree make that label unknown, and a slice whose `any`
@@ -83,7 +80,7 @@ def read_rsna_labels(path: Path) -> _RsnaLabels:
     Raises ScanError if the table has other columns."""
     count = len(RSNA_LABELS)
     place_of = {name: place for place, name in enumerate(RSNA_LABELS)}
-    bits: dict[str, int] = {}
+    packed: dict[str, int] = {}
     repeated, unreadable, conflicts = [], [], []
     with path.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
         rows = csv.reader(file)
@@ -104,23 +101,22 @@ def read_rsna_labels(path: Path) -> _RsnaLabels:
             if place is None or label not in ("0", "1"):
                 unreadable.append(",".join(row))
                 continue
-            state = bits.get(image)
-            if state is None:
-                state = ALL_UNKNOWN << count
+            state = packed.get(image, UNKNOWN)
             if state >> count + place & 1:
-                bits[image] = state ^ 1 << count + place | (label == "1") << place
+                packed[image] = state ^ 1 << count + place | (label == "1") << place
             elif state >> place & 1 == (label == "1"):
                 repeated.append(row[id_column])
             else:
                 conflicts.append((image, place))
     for image, place in conflicts:
-        bits[image] = bits[image] | 1 << count + place
+        packed[image] |= 1 << count + place
+    any_bit = 1 << RSNA_LABELS.index("any")
     mismatched = [
         image
-        for image, state in bits.items()
-        if state < 1 << count and (state >> count - 1) != (state & (1 << count - 1) - 1 > 0)
+        for image, state in packed.items()
+        if not state & UNKNOWN and (state & any_bit > 0) != (state & ~any_bit > 0)
     ]
-    bits |= dict.fromkeys(mismatched, ALL_UNKNOWN << count)
+    packed |= dict.fromkeys(mismatched, UNKNOWN)
     disputed = [f"{image}_{RSNA_LABELS[place]}" for image, place in dict.fromkeys(conflicts)]
     notes = [
         *_counted(path, "duplicate_row", repeated, "rows repeat an earlier one", "dropped"),
@@ -134,14 +130,14 @@ def read_rsna_labels(path: Path) -> _RsnaLabels:
             "their labels are taken as unknown",
         ),
     ]
-    return _RsnaLabels(bits, notes)
+    return RsnaTable(packed, notes)
 
 
 class _Labelled(NamedTuple):
-    """The files of a series and the labels of each."""
+    """The files of a series and the packed labels of each."""
 
     paths: tuple[str, ...]
-    labels: tuple[Labels, ...]
+    labels: tuple[int, ...]
 
 
 def discover_rsna(
@@ -158,14 +154,14 @@ def discover_rsna(
         root = root / RSNA_ROOT
     folder = _require(root / RSNA_FOLDER, "give the folder that holds it")
     table = _require(root / RSNA_CSV, "it comes with the data set")
-    labels = read_rsna_labels(table)
-    waiting = set(labels.bits)
+    packed, notes = read_rsna_labels(table)
+    waiting = set(packed)
     unlabelled: list[str] = []
 
     def images() -> Iterator[tuple[str, ScanError | None]]:
         for path, problem in walk(folder):
             image = _stem(path)
-            if image in labels.bits:
+            if image in packed:
                 waiting.discard(image)
             elif problem is None and path.endswith(".dcm"):
                 unlabelled.append(image)
@@ -179,13 +175,13 @@ def discover_rsna(
     jobs = [
         job._replace(
             case=shown(_stem(job.inputs[0])),  # all lie in one folder
-            inputs=_Labelled(job.inputs, tuple(labels.of(_stem(path)) for path in job.inputs)),
+            inputs=_Labelled(job.inputs, tuple(packed.get(_stem(path), UNKNOWN) for path in job.inputs)),
         )
         for job in found[:limit]
     ]
     counted = _counted(table, "no_image", sorted(waiting), "labelled images are not here", "not used")
     counted += _counted(folder, "no_label", unlabelled, "images have no label", "taken as unknown")
-    return jobs, [*labels.notes, *counted, *index.rejected, *unplaced]
+    return jobs, [*notes, *counted, *index.rejected, *unplaced]
 
 
 def _stem(path: str) -> str:
@@ -200,7 +196,7 @@ def read_rsna(job: Job) -> Scan:
     pixels = read_pixels(job.inputs.paths)
     slice_labels = []
     for files, notes in zip(pixels.files, pixels.repairs, strict=True):
-        copies = [labels[file] for file in files]
+        copies = [unpack_labels(labels[file]) for file in files]
         slice_labels.append({name: _agreed([copy[name] for copy in copies]) for name in LABEL_NAMES})
         if any(copy != copies[0] for copy in copies):
             notes.append("copies of this slice have different labels: taken as unknown")

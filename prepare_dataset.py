@@ -1,6 +1,6 @@
 """Stage 1: turn raw scans, or synthetic ones, into the prepared layout in HU.
 
-Reads:   --input, a folder of DICOM files (any depth, any names); nothing for --source phantom
+Reads:   --input, a folder in the layout of --source (dicom: any, or a zip); nothing for --source phantom
 Writes:  <out>/unsplit/<series_uid>/, <out>/rejected.csv
 Example: python prepare_dataset.py --source phantom --patients 120 --size 128 --slices 24
          python prepare_dataset.py --source dicom --input /data/head_ct"""
@@ -8,6 +8,7 @@ Example: python prepare_dataset.py --source phantom --patients 120 --size 128 --
 from __future__ import annotations
 
 import csv
+import inspect
 import multiprocessing
 import shutil
 from collections import Counter
@@ -58,9 +59,13 @@ def reader_options(args) -> dict:
         raise stage.InputError(f"--{next(iter(given))}: only for --source phantom (leave it out)")
     if args.input is None:
         raise stage.InputError(f"--input: --source {args.source} needs the folder with the raw files")
-    if not args.input.is_dir():
+    is_zip = args.source == "dicom" and args.input.suffix.lower() == ".zip" and args.input.is_file()
+    if not (args.input.is_dir() or is_zip):
         raise stage.InputError(f"{args.input}: no such folder (--input needs one with CT images)")
-    return {"input_dir": args.input}
+    options = {"input_dir": args.input}
+    if "workers" in inspect.signature(READERS[args.source].discover).parameters:
+        options["workers"] = args.workers  # this reader can share its headers among processes
+    return options
 
 
 def _start_worker() -> None:

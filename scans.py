@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from array_sets import ARRAY_READERS
 from dicom_series import DICOM_READERS
+from dicom_sets import DICOM_SET_READERS
+from nifti_series import NIFTI_READERS
+from picture_sets import PICTURE_READERS
 from stage import stable_seed
 from volumes import (
     AIR_HU,
@@ -81,7 +85,14 @@ def read_phantom(job: Job) -> Scan:
 
 
 PHANTOM_READERS = {"phantom": Reader(discover_phantom, read_phantom)}
-READERS: dict[str, Reader] = {**DICOM_READERS, **PHANTOM_READERS}
+READERS: dict[str, Reader] = {
+    **DICOM_READERS,
+    **DICOM_SET_READERS,
+    **NIFTI_READERS,
+    **ARRAY_READERS,
+    **PICTURE_READERS,
+    **PHANTOM_READERS,
+}
 
 
 def read_scan(job: Job) -> Scan:

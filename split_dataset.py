@@ -5,7 +5,8 @@ Writes:  <data>/splits.json, and moves every series into its split's folder
 Example: python split_dataset.py --fractions 0.7 0.15 0.15 --seed 42
 
 Run it again after adding data: with the same seed and fractions patients stay where they are and new ones are
-added; another seed or other fractions split anew. Patients who share an identical image go together."""
+added; another seed or other fractions split anew. Patients who share an identical image go together. What
+arrives split from its data set stays as it is, and the fractions hold for the other patients."""
 
 from __future__ import annotations
 
@@ -97,19 +98,43 @@ def assign(
     return places
 
 
+def given_places(groups: list[list[str]], series: Sequence[dict]) -> dict[str, str]:
+    """Patient -> split, for every group of patients that a data set brought in a split of its own.
+
+    Raises InputError if a patient, or patients with an identical image, came in two of them."""
+    brought = defaultdict(dict)
+    for metadata in series:
+        if metadata["split"]:
+            brought[metadata["patient_id"]][metadata["split"]] = metadata["series_uid"]
+    places: dict[str, str] = {}
+    for group in groups:
+        found = {split: uid for patient in group for split, uid in brought[patient].items()}
+        if len(found) > 1:
+            where = " and in ".join(f"{split} (series {uid})" for split, uid in sorted(found.items()))
+            raise stage.InputError(
+                f"patient {group[0]}: its data set has it, or an identical image, in {where} "
+                "(delete all but one of these series folders)"
+            )
+        for split in found:
+            places.update(dict.fromkeys(group, split))
+    return places
+
+
 def plan_split(data: Path, series: Sequence[dict], fractions: Sequence[float], seed: int) -> dict[str, str]:
     """Patient -> split, written to splits.json. Raises InputError if a split would be empty."""
     path = data / "splits.json"
     old = stage.read_json(path, "delete it and run again") if path.exists() else {}
     same = (old.get("seed"), old.get("fractions")) == (seed, list(fractions))
-    strata = stratify(group_patients(series), series)
-    places = assign(strata, fractions, seed, old["patients"] if same else {})
+    groups = group_patients(series)
+    given = given_places(groups, series)
+    free = [group for group in groups if group[0] not in given]
+    places = given | assign(stratify(free, series), fractions, seed, old["patients"] if same else {})
     empty = [
         split
         for split, share in zip(SPLITS, fractions, strict=True)
         if share and split not in places.values()
     ]
-    if empty:
+    if empty and free:  # a set that arrives whole as test may stay so
         raise stage.InputError(
             f"{data}: {len(places)} patients are too few, nothing is left for {' and '.join(empty)} "
             "(prepare more, or other --fractions)"

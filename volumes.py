@@ -52,7 +52,10 @@ class Rejected(NamedTuple):
 
 # What a healthy export holds beside its CT slices: worth naming, no reason to distrust the rest.
 EXPECTED_CODES = frozenset(
-    {"localizer", "secondary_capture", "colour", "not_ct", "dicomdir", "other_file", "not_axial"}
+    (
+        *("localizer", "secondary_capture", "colour", "not_ct", "dicomdir", "other_file", "not_axial"),
+        *("other_series", "duplicate_row", "no_image", "filler", "label_alone", "mask_alone"),
+    )
 )
 
 

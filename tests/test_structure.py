@@ -19,18 +19,8 @@ STAGES = (
 )
 ORDER = (  # each imports only from its left
     *("stage", "dose", "anatomy", "metrics", "phantom"),
-    *(
-        "volumes",
-        "dicom_series",
-        "scans",
-        "dataset",
-        "models",
-        "losses",
-        "checkpoints",
-        "training",
-        "inference",
-        "display",
-    ),
+    *("volumes", "dicom_series", "dicom_sets", "nifti_series", "array_sets", "picture_sets", "scans"),
+    *("dataset", "models", "losses", "checkpoints", "training", "inference", "display"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 
