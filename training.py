@@ -306,6 +306,8 @@ def fit(
         if place.rank == 0:
             _save_last(paths.last, model, optimizer, scaler, state, config)
 
+    if not paths.last.exists():
+        keep()  # a kill before the first epoch is done must leave something to go on from
     saved = time.monotonic()
     with Interrupt() as interrupt:
         while state["epoch"] < epochs:

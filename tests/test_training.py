@@ -121,6 +121,22 @@ def test_fit_interrupted_anywhere_and_resumed_ends_with_the_same_weights(tmp_pat
         assert [line["train_loss"] for line in logged] == [line["train_loss"] for line in same]
 
 
+def test_fit_killed_between_its_two_files_goes_on(tmp_path, monkeypatch):
+    expected = weights(fit(tmp_path / "whole").paths.last)
+    save, calls = checkpoints.save, []
+
+    def killed(path, content):
+        calls.append(path.name)
+        if calls == ["net.last.pt", "net.pt", "net.last.pt"]:
+            raise RuntimeError("killed")
+        save(path, content)
+
+    monkeypatch.setattr(checkpoints, "save", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "cut")
+    assert equal(weights(fit(tmp_path / "cut", resume=True).paths.last), expected)
+
+
 def test_fit_of_a_finished_run_trains_nothing_and_says_so(tmp_path, caplog):
     first = fit(tmp_path)
     before = first.paths.best.read_bytes()
