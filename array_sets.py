@@ -20,17 +20,23 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dicom_series import AIR_RANGE_HU, AXIAL, JUNK_NAMES, MAX_SIDE_PX, MIN_FRACTION, SKIPPED, hu_fault
 from volumes import (
     AIR_HU,
+    AIR_RANGE_HU,
     ASSUMED_SLICE_SPACING_MM,
+    AXIAL,
+    JUNK_NAMES,
     MAX_HU,
+    MAX_SIDE_PX,
+    MIN_FRACTION,
     OUTSIDE_FOV_HU,
+    SKIPPED,
     Job,
     Reader,
     Rejected,
     Scan,
     ScanError,
+    hu_fault,
     measured_scan,
     pseudonym,
     shown,

@@ -22,9 +22,9 @@ import numpy as np
 import stage
 from anatomy import LESION_CLASSES
 from dataset import LABELS, SPLITS, all_series, describe_labels, read_metadata, read_slices
-from dicom_series import hu_fault
 from display import radiological, to_grey
 from models import BRAIN_WINDOW
+from volumes import hu_fault
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first

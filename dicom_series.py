@@ -36,19 +36,26 @@ from scipy import ndimage
 
 from volumes import (
     AIR_HU,
+    AIR_RANGE_HU,
     ASSUMED_SLICE_SPACING_MM,
+    AXIAL,
     BESIDE_TOLERANCE_MM,
     GAP_TOLERANCE,
+    JUNK_NAMES,
     MAX_HU,
+    MAX_SIDE_PX,
+    MIN_FRACTION,
     OUTSIDE_FOV_HU,
     SAME_ORIENTATION,
     SAME_POSITION_MM,
+    SKIPPED,
     Job,
     Reader,
     Rejected,
     Scan,
     ScanError,
     Stack,
+    hu_fault,
     measured_scan,
     pseudonym,
     shown,
@@ -100,10 +107,7 @@ MODALITIES = {
     "US",
     "XA",
 }
-SKIPPED = "nothing to do, it is skipped"
-JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
-MAX_SIDE_PX = 4096  # no CT matrix is larger; refuses damaged headers before memory is allocated
 MAX_INFLATED_BYTES = 1 << 26  # a 4096 x 4096 slice of 16 bit and its header, and no deflate bomb
 
 # What pydicom and its decoders raise on damaged files
@@ -788,10 +792,6 @@ def _with_position(stack: list[_Header]) -> tuple[list[_Header], list[_Header]]:
 
 # ---------------------------------------------------------------- DICOM: pixels to HU
 
-AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-AIR_RANGE_HU = (-1100, -700)  # air with noise, or the lungs and cushions of a tightly cropped picture
-TISSUE_RANGE_HU = (-20, 100)  # water to fresh blood
-MIN_FRACTION = 0.005  # of the picture; real slices, even of hollow phantoms, have several times that
 # Twelve bits without a sign: HU + 4096 where HU is negative (RSNA 2019), so that air is found here instead
 WRAPPED_AIR = (2996, 3396)
 MIN_WRAPPED_FRACTION = 0.05  # air fills far more of a head scan, and metal far less
@@ -841,19 +841,6 @@ def _declared_padding(stored: np.ndarray, header: _Header) -> np.ndarray:
         border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
         mask = np.isin(parts, border[border > 0])
     return mask
-
-
-def hu_fault(hu: np.ndarray) -> str | None:
-    """What shows that values are not HU, or None.
-
-    hu: any shape, padding still below OUTSIDE_FOV_HU or already -1024. A CT picture has air near -1000 and
-    soft tissue near 0 to 100."""
-    air = np.mean((hu > AIR_RANGE_HU[0]) & (hu < AIR_RANGE_HU[1]))
-    tissue = np.mean((hu > TISSUE_RANGE_HU[0]) & (hu < TISSUE_RANGE_HU[1]))
-    if air >= MIN_FRACTION and tissue >= MIN_FRACTION:
-        return None
-    missing = "air near -1000" if air < MIN_FRACTION else "soft tissue near 0 to 100"
-    return f"its values are not HU: no {missing} (they range from {hu.min():.0f} to {hu.max():.0f})"
 
 
 def _repair_values(hu: np.ndarray, headers: Sequence[_Header], repairs: list[list[str]]) -> None:

@@ -23,19 +23,22 @@ import nibabel as nib
 import numpy as np
 
 from anatomy import LESION_CLASSES
-from dicom_series import JUNK_NAMES, MAX_SIDE_PX, SKIPPED, hu_fault
 from volumes import (
     AIR_HU,
     BESIDE_TOLERANCE_MM,
+    JUNK_NAMES,
     LABEL_NAMES,
     LPS_TO_RAS,
     MAX_HU,
+    MAX_SIDE_PX,
     OUTSIDE_FOV_HU,
+    SKIPPED,
     Job,
     Reader,
     Rejected,
     Scan,
     ScanError,
+    hu_fault,
     measured_scan,
     pseudonym,
     shown,

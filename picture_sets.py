@@ -32,8 +32,19 @@ from array_sets import (
     rejection,
     to_hu,
 )
-from dicom_series import MAX_SIDE_PX, SKIPPED, hu_fault
-from volumes import LABEL_NAMES, Job, Reader, Rejected, Scan, ScanError, pseudonym, shown
+from volumes import (
+    LABEL_NAMES,
+    MAX_SIDE_PX,
+    SKIPPED,
+    Job,
+    Reader,
+    Rejected,
+    Scan,
+    ScanError,
+    hu_fault,
+    pseudonym,
+    shown,
+)
 
 # ---------------------------------------------------------------- one picture
 

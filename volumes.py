@@ -28,6 +28,13 @@ SAME_POSITION_MM = 0.01  # headers print positions to 0.01 mm or better
 SAME_ORIENTATION = 0.01  # in direction cosines, about half a degree
 GAP_TOLERANCE = 0.01  # relative; less is rounding
 BESIDE_TOLERANCE_MM = 0.5  # about a pixel
+MAX_SIDE_PX = 4096  # no CT matrix is larger; refuses damaged headers before memory is allocated
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+AIR_RANGE_HU = (-1100, -700)  # air with noise, or the lungs and cushions of a tightly cropped picture
+TISSUE_RANGE_HU = (-20, 100)  # water to fresh blood
+MIN_FRACTION = 0.005  # of the picture; real slices, even of hollow phantoms, have several times that
+JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini"}
+SKIPPED = "nothing to do, it is skipped"
 
 
 class ScanError(ValueError):
@@ -127,6 +134,19 @@ def measured_scan(**fields: Any) -> Scan:
     """A Scan with its noise measured, in NOISE_SLICES of its slices or a few more."""
     some = fields["hu"][:: max(1, len(fields["hu"]) // NOISE_SLICES)]
     return Scan(**fields, noise_hu=measure_noise_hu(some, fields["spacing_mm"]))
+
+
+def hu_fault(hu: np.ndarray) -> str | None:
+    """What shows that values are not HU, or None.
+
+    hu: any shape, padding still below OUTSIDE_FOV_HU or already -1024. A CT picture has air near -1000 and
+    soft tissue near 0 to 100."""
+    air = np.mean((hu > AIR_RANGE_HU[0]) & (hu < AIR_RANGE_HU[1]))
+    tissue = np.mean((hu > TISSUE_RANGE_HU[0]) & (hu < TISSUE_RANGE_HU[1]))
+    if air >= MIN_FRACTION and tissue >= MIN_FRACTION:
+        return None
+    missing = "air near -1000" if air < MIN_FRACTION else "soft tissue near 0 to 100"
+    return f"its values are not HU: no {missing} (they range from {hu.min():.0f} to {hu.max():.0f})"
 
 
 # ---------------------------------------------------------------- geometry
