@@ -68,6 +68,17 @@ def reader_options(args) -> dict:
     return options
 
 
+def space_needed(args, options: dict, share: float) -> int:
+    """About the bytes that will be written: image, mask and truth of phantoms, else the size of the input.
+
+    share: of the series found, how many are still to be prepared."""
+    if args.source == "phantom":
+        return int(options["patients"] * options["slices"] * options["size"] ** 2 * 5 * share)
+    if args.input.is_file():
+        return int(args.input.stat().st_size * share)
+    return int(sum(path.lstat().st_size for path in args.input.rglob("*")) * share)
+
+
 def _start_worker() -> None:
     stage.die_with_parent()
     torch.set_num_threads(1)  # the processes are the parallelism
@@ -146,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         waiting = [job for job in jobs if job.series_uid not in finished]
         stage.log.info("%d series found, %d already prepared", len(jobs), len(jobs) - len(waiting))
         if waiting:
+            stage.require_space(args.out, space_needed(args, options, len(waiting) / len(jobs)))
             failed = list(prepare(waiting, unsplit, min(args.workers, len(waiting))))
             rejected += failed
         else:

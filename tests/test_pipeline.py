@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 
 import nibabel as nib
 import numpy as np
@@ -395,6 +396,16 @@ def test_prepare_of_more_patients_keeps_the_first_ones(tmp_path):
     call(prepare_dataset, *arguments, "--patients", 4, "--out", tmp_path / "b")
     few, many = ({folder.name for folder in all_series(tmp_path / name)} for name in "ab")
     assert few < many
+
+
+def test_prepare_checks_the_disk_before_it_begins(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 10**6)
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: usage)
+    arguments = ["--source", "phantom", "--patients", 100, "--size", 128, "--slices", 24, "--out", tmp_path]
+    with pytest.raises(stage.StageError, match="GB free") as full:
+        call(prepare_dataset, *arguments)
+    assert full.value.exit_code == stage.EXIT_DISK
+    assert all_series(tmp_path) == {}
 
 
 def test_prepare_with_a_limit_makes_that_many_and_goes_on_later(tmp_path):
