@@ -32,6 +32,7 @@ from volumes import AIR_HU, Scan, ScanError, write_nifti
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
 
+NOISE_SEED = 42  # as in the study
 SHEET_COLUMNS = 7  # four rows for a routine scan of 28 slices
 SHEET_SLICES = 42  # of a longer scan evenly spaced ones are shown
 
@@ -59,9 +60,7 @@ def get_parser() -> stage.StageParser:
     parser.add_argument(
         "--dose-model", choices=sorted(DOSE_MODELS), help="for --dose (default: as the denoiser was trained)"
     )
-    parser.add_argument(
-        "--seed", type=stage.natural_int, default=42, help="of the simulated noise (default: 42)"
-    )
+    parser.add_argument("--seed", type=stage.natural_int, help="of the noise of --dose (default: 42)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
@@ -187,10 +186,13 @@ def main(argv: list[str] | None = None) -> None:
     classifier, facts = load_classifier(classifier_path, device)
     dose = None
     if args.dose is not None:
-        dose = Dose(args.dose_model or trained["dose_model"], args.dose, args.seed)
+        seed = NOISE_SEED if args.seed is None else args.seed
+        dose = Dose(args.dose_model or trained["dose_model"], args.dose, seed)
         DOSE_MODELS[dose.model].check(dose.value)
-    elif args.dose_model is not None:
-        raise stage.InputError("--dose-model: says how --dose is simulated (give --dose, or leave it out)")
+    elif args.dose_model is not None or args.seed is not None:
+        raise stage.InputError(
+            "--dose-model, --seed: say how --dose is simulated (give --dose, or leave them out)"
+        )
     if not fits_denoiser(facts, denoiser_path):
         raise stage.InputError(
             f"{classifier_path}: was trained on the output of another denoiser than {denoiser_path} "
