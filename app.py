@@ -9,6 +9,7 @@ Whatever is missing is left out, with the command that makes it. Research use on
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import time
@@ -30,19 +31,20 @@ import metrics
 import stage
 import training
 from dataset import (
-    evaluation_seed,
     fit_to_square,
-    low_dose,
+    neighbours,
     read_metadata,
     read_slices,
     read_splits,
     series_folders,
+    square_pixel_mm,
     task_targets,
     to_tensor,
 )
 from display import NOTICE, Note, annotate, difference_rgb, draw_outlines, enlarge, radiological, to_grey
-from dose import DOSE_MODELS
+from dose import DOSE_MODELS, SIMULATED
 from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
+from low_dose import evaluation_seed, noise_level, scan_flux
 from volumes import AIR_HU
 
 LEVELS = ("slice", "scan")
@@ -263,6 +265,8 @@ class Series(NamedTuple):
     truth: np.ndarray | None  # (S, n, n) int16 HU without noise
     lesions: np.ndarray | None  # (S, n, n) uint8 classes
     spacing_mm: tuple[float, float, float]  # (slice, row, column) of image
+    noise_hu: float  # as measured when it was prepared, or NaN
+    flux: dict[str, float]  # by dose model, see low_dose.scan_flux
 
     @property
     def reference(self) -> np.ndarray:
@@ -288,7 +292,10 @@ def read_series(folder: Path, size: int | None) -> Series:
             kind: fit_to_square(read_slices(folder, kind, count), spacing, size, fill)
             for kind, fill in fills.items()
         }
-        pixel_mm = max(rows * spacing[1], columns * spacing[2]) / size
+        pixel_mm = square_pixel_mm((rows, columns), spacing, size)
+        square = (spacing[0], pixel_mm, pixel_mm)
+        noise = math.nan if metadata["noise_hu"] is None else metadata["noise_hu"]
+        own_mm = math.sqrt(spacing[1] * spacing[2])
         return Series(
             uid=metadata["series_uid"],
             labels=dict(metadata["labels"]),
@@ -298,7 +305,9 @@ def read_series(folder: Path, size: int | None) -> Series:
             image=volumes["image"],
             truth=volumes.get("truth"),
             lesions=volumes.get("mask"),
-            spacing_mm=(spacing[0], pixel_mm, pixel_mm),
+            spacing_mm=square,
+            noise_hu=noise,
+            flux={name: scan_flux(volumes["image"], square, noise, name, own_mm) for name in SIMULATED},
         )
     except stage.StageError:
         raise
@@ -351,15 +360,19 @@ class Place(NamedTuple):
 def low_dose_slice(series: Series, index: int, noise: Noise) -> np.ndarray:
     """(n, n) float32 HU: the very noise that every arm of run_experiments.py sees in this slice."""
     seed = evaluation_seed(noise.seed, series.uid, index, noise.dose_model, noise.dose)
-    hu = to_tensor(series.image[index : index + 1])
-    return low_dose(hu, noise.dose_model, [noise.dose], [seed])[0, 0].numpy()
+    simulate = DOSE_MODELS[noise.dose_model].simulate
+    hu, flux = to_tensor(series.image[index : index + 1]), series.flux[noise.dose_model]
+    return simulate(hu, [noise.dose], [seed], series.spacing_mm[1], flux)[0, 0].numpy()
 
 
 @st.cache_data(show_spinner=False, max_entries=256)  # 256 MB at 512 x 512
 def denoised_slice(place: Place, noise: Noise, denoiser: Stamp, device: str) -> np.ndarray:
     """(n, n) float32 HU."""
-    low = low_dose_slice(load_series(place.series, place.size), place.index, noise)
-    return denoise(load_network("denoiser", denoiser, device)[0], low[None])[0]
+    series, model = load_series(place.series, place.size), load_network("denoiser", denoiser, device)[0]
+    around = neighbours(np.zeros(len(series.image), int), model.slices)[place.index]
+    low = np.stack([low_dose_slice(series, index, noise) for index in around])
+    level = noise_level(noise.dose_model, noise.dose, series.noise_hu)
+    return denoise(model, low, level)[model.slices // 2]
 
 
 @st.cache_data(show_spinner=False, max_entries=50_000)  # a number each
@@ -804,10 +817,10 @@ def study_settings(folders: Folders) -> tuple[int, str]:
 
 def choose_dose(found: Sequence[Checkpoint], seed: int) -> Noise:
     """Dose model and dose, as the checkpoints were trained where they say so."""
-    models = sorted(DOSE_MODELS)
+    models = sorted(SIMULATED)
     trained = next((c.facts["dose_model"] for c in found if c.facts["dose_model"] in models), models[0])
-    dose_model = st.segmented_control(
-        "Dose model", models, default=trained, required=True, key="dose-model", persist_state="session"
+    dose_model = st.selectbox(
+        "Dose model", models, models.index(trained), key="dose-model", persist_state="session"
     )
     own = [c.facts["doses"] for c in found if c.facts["dose_model"] == dose_model and c.facts["doses"]]
     doses = sorted(float(dose) for dose in (own[0] if own else DOSE_MODELS[dose_model].doses))

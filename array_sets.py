@@ -23,6 +23,7 @@ import numpy as np
 from volumes import (
     AIR_HU,
     AIR_RANGE_HU,
+    ASSUMED_HU,
     ASSUMED_SLICE_SPACING_MM,
     AXIAL,
     JUNK_NAMES,
@@ -172,6 +173,9 @@ def flat_scan(
         split=split,
         **fields,
     )
+
+
+NO_HU_FIX = "write its values in HU, or prepare it with --assume-hu"
 
 
 def slices_fault(hu: np.ndarray) -> str | None:
@@ -362,8 +366,9 @@ def discover_npz(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
 def read_npz(job: Job) -> Scan:
     """Read one series of image.npz, with its mask.npz where every slice has one.
 
-    Values that are plausible HU are kept as HU; values in 0..1 or 0..255 are grey levels, kept as 0..255 and
-    flagged as windowed. Any lesion in a mask is of unknown kind. Raises ScanError for other values."""
+    Values that are plausible HU, or assumed to be, are kept as HU; values in 0..1 or 0..255 are grey levels,
+    kept as 0..255 and flagged as windowed. Any lesion in a mask is of unknown kind. Raises ScanError for
+    other values."""
     made: _Slices = job.inputs
     values = _stacked(made.files, [load_array(path, IMAGE_KEYS) for path in made.files])
     masks = [Path(path).with_name("mask.npz") for path in made.files]
@@ -378,12 +383,13 @@ def read_npz(job: Job) -> Scan:
         "mask": None if missing else _lesions(masks, values.shape[1:]),
     }
     fault = slices_fault(values)
-    if fault is None:
+    if fault is None or job.assume_hu:
         hu, padding = to_hu(values)
+        notes += [ASSUMED_HU] if fault else []
         return flat_scan(job, hu, notes, padding_count=padding, **common)
     low, high = values.min(), values.max()
     if low < 0 or high > 255 or low == high:
-        raise ScanError(made.files[0], fault, "write its values in HU", "not_hu")
+        raise ScanError(made.files[0], fault, NO_HU_FIX, "not_hu")
     if high <= 1:
         values = values * 255.0
         notes.append("values from 0 to 1 scaled to grey levels 0 to 255")
@@ -470,13 +476,14 @@ def read_pairs(job: Job) -> Scan:
     pair: _Pair = job.inputs
     paths = [pair.full, *(path for _, path in pair.low)]
     volumes = _stacked(paths, [load_array(path) for path in paths])
-    for path, values in zip(paths, volumes, strict=True):
-        fault = slices_fault(values[None])
-        if fault:
-            raise ScanError(path, fault, "write its values in HU", "not_hu")
+    faults = [slices_fault(values[None]) for values in volumes]
+    for path, fault in zip(paths, faults, strict=True):
+        if fault and not job.assume_hu:
+            raise ScanError(path, fault, NO_HU_FIX, "not_hu")
     hu, padding = to_hu(volumes[:1])
     patient = named_patient(Path(pair.full).parent)
     notes = [] if patient else ["patient unknown: the sample counts as its own"]
+    notes += [ASSUMED_HU] if any(faults) else []
     return flat_scan(
         job,
         hu,
@@ -610,9 +617,11 @@ def read_lodopab(job: Job) -> Scan:
         raise ScanError(place.file, what, "download it again", "not_hu")
     hu = (scaled * MU_MAX_PER_M - MU_WATER_PER_M) / (MU_WATER_PER_M - MU_AIR_PER_M) * 1000
     fault = slices_fault(hu[None])
-    if fault:
-        raise ScanError(place.file, f"slice {place.row}: {fault}", "download it again", "not_hu")
+    if fault and not job.assume_hu:
+        fix = "download it again, or prepare it with --assume-hu"
+        raise ScanError(place.file, f"slice {place.row}: {fault}", fix, "not_hu")
     notes = ["pixel spacing is that of the simulation, not of the scan"]
+    notes += [ASSUMED_HU] if fault else []
     if place.patient is None:
         notes.append(f"patient unknown: all of {place.split} count as one")
     return flat_scan(

@@ -1,13 +1,13 @@
 """Stage 2b: one page about the prepared data, before hours of training.
 
-Reads:   <data>/{unsplit,train,val,test}/, <data>/splits.json, <data>/rejected.csv
+Reads:   <data>/{unsplit,train,val,test}/, <data>/rejected.csv, <data>/cache/
 Writes:  <out>/audit.json, audit.png, and with --contact-sheets <out>/sheets/<series_uid>.png
 Example: python check_dataset.py
          python check_dataset.py --data dataset --contact-sheets 20
 
 Prints counts, labels, geometry, repairs and rejects; then what is wrong. Exit code 1 if something would spoil
 a result: a patient or an image on two sides, values that are not HU, labels that contradict their mask or
-each other, the same patient under two sources."""
+each other, the same patient under two sources, a packed cache that is not what was written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ import numpy as np
 
 import stage
 from anatomy import LESION_CLASSES
-from dataset import LABELS, SPLITS, all_series, describe_labels, read_metadata, read_slices
+from dataset import (
+    LABELS,
+    PACK_FORMAT,
+    SPLITS,
+    Pack,
+    all_series,
+    describe_labels,
+    read_metadata,
+    read_slices,
+)
 from display import radiological, to_grey
 from models import BRAIN_WINDOW
-from volumes import hu_fault
+from volumes import ASSUMED_HU, hu_fault
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
@@ -114,7 +123,9 @@ def inconsistent_labels(series: Iterable[tuple[str, dict]]) -> list[str]:
 
 
 def implausible(series: dict[Path, tuple[str, dict]]) -> list[str]:
-    """Series with impossible spacing or noise, and, in a sample, values that are not HU."""
+    """Series with impossible spacing or noise, and, in a sample, values that are not HU.
+
+    Values that somebody vouched for (prepare_dataset.py --assume-hu) stand among the repairs instead."""
     found = []
     for _, metadata in series.values():
         uid, spacing = metadata["series_uid"], metadata["spacing_mm"]
@@ -128,7 +139,11 @@ def implausible(series: dict[Path, tuple[str, dict]]) -> list[str]:
         if noise is not None and not NOISE_HU[0] <= noise <= NOISE_HU[1]:
             found.append(f"{uid}: noise of {noise:.1f} HU in the brain")
     step = max(1, len(series) // SAMPLED_SERIES)
-    sample = [(folder, m) for folder, (_, m) in list(series.items())[::step] if m["intensity"] == "hu"]
+    sample = [
+        (folder, metadata)
+        for folder, (_, metadata) in list(series.items())[::step]
+        if metadata["intensity"] == "hu" and ASSUMED_HU not in metadata["slices"][0]["repairs"]
+    ]
     for folder, metadata in stage.progress(sample, desc="values", unit="series"):
         fault = hu_fault(read_slices(folder, "image", len(metadata["slices"])))
         if fault:
@@ -136,14 +151,32 @@ def implausible(series: dict[Path, tuple[str, dict]]) -> list[str]:
     return found
 
 
-def summary(series: list[tuple[str, dict]], data: Path) -> dict:
-    """The counts of the page, as JSON types."""
+def damaged_packs(data: Path) -> list[str]:
+    """Packed caches whose files are cut off or whose values have changed since they were written."""
+    found = []
+    for path in sorted((data / "cache").glob("[!.]*/index.json")):
+        folder = path.parent
+        try:
+            if stage.read_json(path, f"delete {folder}").get("format") == PACK_FORMAT:  # others are rebuilt
+                found += [f"{folder}: {what} has changed (delete it)" for what in Pack(folder).damaged()]
+        except stage.InputError as error:
+            found.append(str(error))
+    return found
+
+
+def read_rejected(data: Path) -> list[dict]:
+    """The rows of rejected.csv, none where there is no such file."""
+    path = data / "rejected.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(series: list[tuple[str, dict]], rejected: list[dict]) -> dict:
+    """The counts of the page, as JSON types. rejected: of read_rejected."""
     scans = [metadata for _, metadata in series]
     counts = [len(metadata["slices"]) for metadata in scans]
-    rejected = []
-    if (data / "rejected.csv").exists():
-        with (data / "rejected.csv").open(encoding="utf-8", newline="") as file:
-            rejected = [row["code"] for row in csv.DictReader(file)]
     repairs = Counter(repair for m in scans for entry in m["slices"] for repair in entry["repairs"])
     return {
         "series": dict(Counter(f"{metadata['source']}, {split}" for split, metadata in series)),
@@ -161,7 +194,8 @@ def summary(series: list[tuple[str, dict]], data: Path) -> dict:
         "slice_mm": sorted({round(metadata["spacing_mm"][0], 2) for metadata in scans})[:20],
         "tilted": sum(abs(metadata["gantry_tilt_deg"]) > 1 for metadata in scans),
         "repairs": dict(repairs.most_common(20)),
-        "rejected": dict(Counter(rejected)),
+        "rejected": dict(Counter(row["code"] for row in rejected)),
+        "painted_files_left_out": [row["file"] for row in rejected if row["code"] == "painted"],
     }
 
 
@@ -208,13 +242,14 @@ def main(argv: list[str] | None = None) -> None:
     if not folders:
         raise stage.InputError(f"{args.data}: no prepared series (run prepare_dataset.py first)")
     series = list(folders.values())
-    facts = summary(series, args.data)
+    facts = summary(series, read_rejected(args.data))
     spoiling = {
         "on two sides of the split": sides(series),
         "the same patient under two sources": shared_patients(series),
         "values that are not HU, or odd geometry": implausible(folders),
         "labels and mask disagree": contradictions(series),
         "labels that contradict each other": inconsistent_labels(series),
+        "damaged packed caches": damaged_packs(args.data),
     }
     spoiling = {what: found for what, found in spoiling.items() if found}
     stage.write_json(args.out / "audit.json", {"facts": facts, "spoiling": spoiling})
@@ -235,9 +270,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _line(value) -> str:
-    """A dict or list of the summary in one line."""
+    """A dict or list of the summary in one line; of file names their number and the first."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_line(entry)}" for key, entry in value.items()) or "none"
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return f"{len(value)}, e.g. {value[0]}" if value else "none"
     if isinstance(value, list):
         return " / ".join(f"{entry:g}" for entry in value)
     return str(value)

@@ -17,19 +17,28 @@ from typing import NamedTuple
 import numpy as np
 
 from anatomy import LESION_CLASSES
-from dicom_series import (
+from dicom_headers import (
     Index,
-    SeriesPixels,
     index_series,
     position_groups,
     positions_mm,
-    read_pixels,
-    scan_of,
     series_jobs,
     split_stacks,
     walk,
 )
-from volumes import LABEL_NAMES, Job, Reader, Rejected, Scan, ScanError, pseudonym, shown, unknown_labels
+from dicom_series import SeriesPixels, read_pixels, scan_of
+from volumes import (
+    ASSUMED_HU,
+    LABEL_NAMES,
+    Job,
+    Reader,
+    Rejected,
+    Scan,
+    ScanError,
+    pseudonym,
+    shown,
+    unknown_labels,
+)
 
 HEMORRHAGES = LESION_CLASSES[:5]
 RSNA_LABELS = (*HEMORRHAGES, "any")
@@ -193,7 +202,7 @@ def read_rsna(job: Job) -> Scan:
 
     Raises ScanError, see read_pixels."""
     labels = dict(zip(job.inputs.paths, job.inputs.labels, strict=True))
-    pixels = read_pixels(job.inputs.paths)
+    pixels = read_pixels(job.inputs.paths, assume_hu=job.assume_hu)
     slice_labels = []
     for files, notes in zip(pixels.files, pixels.repairs, strict=True):
         copies = [unpack_labels(labels[file]) for file in files]
@@ -366,7 +375,7 @@ def read_cq500(job: Job) -> Scan:
     """Read the chosen series of one case. Raises ScanError, see read_pixels."""
     patient = pseudonym("patient", "cq500", job.inputs.name)
     study = pseudonym("study", "cq500", job.inputs.name)
-    pixels = read_pixels(job.inputs.paths)
+    pixels = read_pixels(job.inputs.paths, assume_hu=job.assume_hu)
     return scan_of(job, pixels, patient_id=patient, study_uid=study, labels=job.inputs.labels)
 
 
@@ -475,9 +484,12 @@ def _match(full: list, low: list) -> tuple[tuple[str, ...], tuple[str, ...], lis
 def read_mayo(job: Job) -> Scan:
     """Read the full dose as `hu` and the real low dose as `low`. Raises ScanError, see read_pixels."""
     pair = job.inputs
-    full, low = read_pixels(pair.full), read_pixels(pair.low)
+    full, low = (read_pixels(paths, assume_hu=job.assume_hu) for paths in (pair.full, pair.low))
     _check_grids(pair, full, low)
     full.repairs[0].extend(pair.notes)
+    for notes, low_notes in zip(full.repairs, low.repairs, strict=True):
+        if ASSUMED_HU in low_notes and ASSUMED_HU not in notes:
+            notes.append(ASSUMED_HU)
     scan = scan_of(
         job,
         full,

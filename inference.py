@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import checkpoints
-from dataset import to_tensor
+from dataset import neighbours, to_tensor
 
 # Pipelines by what a classifier was trained on: (on the low dose itself, after the denoiser)
 PIPELINES = {"clean": ("1", "2"), "noisy": ("1n", None), "denoised": (None, "2d")}
@@ -25,14 +25,27 @@ def _batches(volume: np.ndarray) -> range:
 
 
 @torch.inference_mode()
-def denoise(model: nn.Module, volume: np.ndarray) -> np.ndarray:
-    """Denoise a volume slice by slice. volume: (S, H, W) HU. Returns (S, H, W) float32 HU."""
-    device = next(model.parameters()).device
+def denoise(
+    model: nn.Module,
+    volume: np.ndarray,
+    sigma_hu: float | np.ndarray,
+    series_of: np.ndarray | None = None,
+) -> np.ndarray:
+    """Denoise slices. volume: (S, H, W) HU. Returns (S, H, W) float32 HU.
+
+    sigma_hu: noise SD, of all or of each, for networks that know the dose. series_of: (S,) ascending, which
+    slices belong together, for networks that see neighbours; None: all."""
+    device = next(model.parameters(), torch.empty(0)).device  # the classical methods have none
+    levels = torch.from_numpy(np.broadcast_to(np.asarray(sigma_hu, np.float32), len(volume)).copy()).to(
+        device
+    )
+    around = neighbours(np.zeros(len(volume), int) if series_of is None else series_of, model.slices)
     out = np.empty(volume.shape, np.float32)
     starts = _batches(volume)
     for start in starts:
-        batch = to_tensor(volume[start : start + starts.step], device)
-        out[start : start + len(batch)] = model(batch)[:, 0].cpu().numpy()
+        some = slice(start, start + starts.step)
+        batch = torch.from_numpy(volume[around[some]].astype(np.float32)).to(device)
+        out[some] = model(batch, levels[some])[:, 0].cpu().numpy()
     return out
 
 

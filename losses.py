@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import anatomy
+import stage
+from dataset import window_hu
+from models import AUTOENCODER_WINDOW, Encoded, freeze
 
 LESION_WEIGHT = 10.0  # of the lesion mask's own MSE, as the paper on simulated low dose for stroke has it
 
@@ -35,6 +43,362 @@ def lesion_mse_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Tens
     return squared.mean() + LESION_WEIGHT * squared[inside].mean()
 
 
+def l1_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001
+    """Mean absolute error in HU."""
+    return F.l1_loss(output, target)
+
+
+CHARBONNIER_HU = 1.0  # below the noise of any dose: from there on the error counts as it is, and not squared
+
+
+def charbonnier_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001
+    """sqrt(error^2 + CHARBONNIER_HU^2) - CHARBONNIER_HU in HU, the smooth absolute error.
+
+    Source: Charbonnier et al. 1994."""
+    smooth = ((output - target).square() + CHARBONNIER_HU**2).sqrt()
+    return (smooth - CHARBONNIER_HU).mean()
+
+
+def l1_ssim_loss(
+    output: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,  # noqa: ARG001
+    alpha: float = 0.5,
+) -> torch.Tensor:
+    """L1 + alpha (1 - SSIM), both on -1000..1000 HU: the first in units of 1000 HU, as the networks of the
+    anatomy-aware system see it. It is the loss of the teacher, and a term of the student's."""
+    output, target = scaled(output), scaled(target)
+    return 2 * F.l1_loss(output, target) + alpha * (1 - ssim(output, target))
+
+
+# ---------------------------------------------------------------- anatomy in the loss
+
+# A stroke is read in brain and CSF. Soft tissue outside the skull and bone only have to look right, and hold
+# the largest errors, at their edges; air is most of the picture.
+TISSUE_WEIGHTS = {"brain": 1.0, "csf": 1.0, "skin": 0.25, "bone": 0.25, "air": 0.05}
+
+
+def tissue_weighted_loss(
+    output: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    tissues: torch.Tensor | None = None,
+    weights: Mapping[str, float] = TISSUE_WEIGHTS,
+) -> torch.Tensor:
+    """Root of the tissue-weighted mean squared error of each slice in HU, then the mean over slices.
+
+    tissues: (B, 1, H, W) classes of anatomy.TISSUES; best those of anatomy.tissue_classes on the whole volume
+    (or tissue_map), cropped as the slices were. Without them the target's HU decide alone (tissues_by_hu),
+    which takes a muscle for brain. mask: (B, 1, H, W), above 0 inside a lesion, which counts LESION_WEIGHT
+    times as much as the brain; None where the data have no masks."""
+    tissues = tissues_by_hu(target) if tissues is None else tissues
+    table = torch.tensor([weights[name] for name in sorted(anatomy.TISSUES, key=anatomy.TISSUES.get)])
+    weight = table.to(target)[tissues.long()]
+    if mask is not None:
+        weight = torch.where(mask > 0, LESION_WEIGHT * weights["brain"], weight)
+    squared = (weight * (output - target).square()).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
+    return (squared + 1e-6).sqrt().mean()
+
+
+def tissues_by_hu(hu: torch.Tensor) -> torch.Tensor:
+    """anatomy.TISSUES from HU alone, on the device of hu and for crops as well: (B, 1, H, W) uint8.
+
+    Means over 3 x 3 pixels decide, so that the noise of a routine scan does not. What is soft and leaner than
+    fat counts as brain or CSF wherever it lies: only tissue_map knows the skull."""
+    smooth = F.avg_pool2d(F.pad(hu, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    steps = (
+        ("skin", anatomy.HEAD_HU),
+        ("csf", anatomy.BRAIN_HU[0]),
+        ("brain", anatomy.CSF_HU),
+        ("bone", anatomy.BONE_HU),
+    )
+    classes = torch.full_like(hu, anatomy.TISSUES["air"], dtype=torch.uint8)
+    for name, lowest_hu in steps:
+        classes = classes.masked_fill(smooth > lowest_hu, anatomy.TISSUES[name])
+    return classes
+
+
+def tissue_map(hu: torch.Tensor, pixel_mm: float) -> torch.Tensor:
+    """anatomy.tissue_classes of whole slices, each by itself: (B, 1, H, W) HU -> (B, 1, H, W) uint8.
+
+    About 5 ms per slice of 128 x 128 on a CPU core. A crop has no closed skull, hence no brain for it."""
+    spacing_mm = (1.0, pixel_mm, pixel_mm)  # the first does not matter for a single slice
+    slices = hu.detach().cpu().numpy()
+    classes = [anatomy.tissue_classes(image, spacing_mm) for image in slices]
+    return torch.from_numpy(np.stack(classes)).to(hu.device)
+
+
+# ---------------------------------------------------------------- terms of the anatomy-aware system
+
+
+def scaled(hu: torch.Tensor) -> torch.Tensor:
+    """HU -> 0..1 over -1000..1000 HU, going on above and below it."""
+    return window_hu(hu, *AUTOENCODER_WINDOW, clip=False)
+
+
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for a range of 1
+SSIM_SIGMA_PX, SSIM_REACH_PX = 1.5, 5  # Wang et al. 2004: 11 x 11 pixels
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, from fine to coarse
+
+
+def _gaussian_means(side: int, like: torch.Tensor) -> torch.Tensor:
+    """(side, side) matrix of local means; at the border only pixels inside count.
+
+    As matrices these sums are 40 times as fast on a CPU as a convolution of one channel."""
+    place = torch.arange(side, device=like.device, dtype=like.dtype)
+    distance = (place[:, None] - place).abs()
+    weight = torch.exp(-0.5 * (distance / SSIM_SIGMA_PX) ** 2) * (distance <= SSIM_REACH_PX)
+    return weight / weight.sum(dim=1, keepdim=True)
+
+
+def ssim_maps(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """SSIM and its contrast-structure part around each pixel, of images with a range of 1: (B, 1, H, W) each.
+
+    Source: Wang et al. 2004, Gaussian windows; those at the border are cut off there."""
+    with torch.autocast(output.device.type, enabled=False):  # variances are small differences
+        output, target = output.float(), target.float()
+        down, across = (_gaussian_means(side, output) for side in output.shape[-2:])
+        maps = torch.stack([output, target, output * output, target * target, output * target])
+        mean, mean_target, square, square_target, product = (down @ maps @ across.T).unbind()
+        covariance = product - mean * mean_target
+        variances = (square - mean**2) + (square_target - mean_target**2)
+        contrast = (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
+        luminance = (2 * mean * mean_target + SSIM_C1) / (mean**2 + mean_target**2 + SSIM_C1)
+        return luminance * contrast, contrast
+
+
+def ssim(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean SSIM of images with a range of 1, differentiable. output, target: (B, 1, H, W) of any size."""
+    return ssim_maps(output, target)[0].mean()
+
+
+def ms_ssim(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean multi-scale SSIM of images with a range of 1, differentiable.
+
+    Up to five scales, as many as leave 11 pixels a side, with weights that sum to 1. What is anticorrelated
+    at a scale counts as almost 0, since a negative number has no such power. Source: Wang et al. 2003."""
+    fits = min(output.shape[-2:]) // (2 * SSIM_REACH_PX + 1)  # halved once for each further scale
+    exponents = MS_SSIM_WEIGHTS[: max(fits.bit_length(), 1)]
+    product = 1.0
+    for scale, exponent in enumerate(exponents):
+        if scale:
+            output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
+        whole, contrast = ssim_maps(output, target)
+        part = (whole if scale == len(exponents) - 1 else contrast).mean(dim=(1, 2, 3))
+        product = product * part.clamp_min(1e-4) ** (exponent / sum(exponents))
+    return product.mean()
+
+
+def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of the Sobel gradients, along rows and columns, per pixel of distance.
+
+    The outermost pixels, whose gradient is unknown, do not count. Sides of 3 pixels at least."""
+    sobel = torch.tensor([[1.0, 2, 1], [0, 0, 0], [-1, -2, -1]], device=output.device) / 8
+    kernels = torch.stack([sobel, sobel.T])[:, None]
+    return F.conv2d((output - target).float(), kernels).abs().mean()  # a gradient is linear
+
+
+def distillation_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over feature maps of their mean squared difference; the teacher's are constants."""
+    pairs = zip(student, teacher, strict=True)
+    return sum(F.mse_loss(one.float(), other.detach().float()) for one, other in pairs)
+
+
+def perceptual_loss(network: nn.Module, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Sum over a network's feature maps of their mean squared difference. output, target: (B, 1, H, W) HU."""
+    with torch.no_grad():
+        wanted = network(target)
+    return distillation_loss(network(output), wanted)
+
+
+class AnatomyAwareLoss(nn.Module):
+    """What the student of the anatomy-aware system learns by:
+
+        lam_lat MSE(z_s, z_t) + lam_rec [L1 + alpha (1 - SSIM)] + b1 Sobel-gradient L1 + b2 (1 - MS-SSIM)
+        + g1 perceptual + w_d sum over four feature maps of MSE(f_s, f_t)
+
+    all on -1000..1000 HU as -1..1. A term of weight 0 is not computed. perceptual: a network of PERCEPTUAL.
+    Raises ValueError if g1 is not 0 and there is none. Source: "Anatomy-Aware CT Scan Denoising"; it takes
+    w_d 0.5 with RadImageNet, and alpha 0.2 for the Baseline AE."""
+
+    def __init__(
+        self,
+        perceptual: nn.Module | None = None,
+        *,
+        lam_lat: float = 1.0,
+        lam_rec: float = 1.0,
+        alpha: float = 0.5,
+        b1: float = 0.1,
+        b2: float = 0.1,
+        g1: float = 0.1,
+        w_d: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if g1 and perceptual is None:
+            raise ValueError(f"g1 {g1:g}: the perceptual term needs a network (vgg19, radimagenet, or g1 0)")
+        self.perceptual, self.alpha = perceptual, alpha
+        self.weights = {
+            "latent": lam_lat,
+            "reconstruction": lam_rec,
+            "gradient": b1,
+            "ms_ssim": b2,
+            "perceptual": g1,
+            "features": w_d,
+        }
+
+    def terms(
+        self, student: Encoded, teacher: tuple[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The terms whose weight is not 0, before weighting. Arguments as for forward."""
+        latent, features = teacher
+        compute = {
+            "latent": lambda: distillation_loss([student.latent], [latent]),
+            "reconstruction": lambda: l1_ssim_loss(student.output, target, None, self.alpha),
+            "gradient": lambda: gradient_loss(2 * scaled(student.output), 2 * scaled(target)),
+            "ms_ssim": lambda: 1 - ms_ssim(scaled(student.output), scaled(target)),
+            "perceptual": lambda: perceptual_loss(self.perceptual, student.output, target),
+            "features": lambda: distillation_loss(student.features, features),
+        }
+        return {name: compute[name]() for name, weight in self.weights.items() if weight}
+
+    def forward(
+        self, student: Encoded, teacher: tuple[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor
+    ) -> torch.Tensor:
+        """student: of its network on the low dose. teacher: (latent, features), encode() of the full dose.
+        target: (B, 1, H, W) HU."""
+        return self.total(self.terms(student, teacher, target))
+
+    def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of what `terms` gave."""
+        return sum(self.weights[name] * term for name, term in terms.items())
+
+
+# ---------------------------------------------------------------- perceptual networks
+
+IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's weights expect
+
+
+class VGG19Features(nn.Module):
+    """The last activation before VGG-19's fifth pooling. (B, 1, H, W) HU, sides of 16 at least -> one map.
+
+    weights: a file with torchvision's keys `features.*` (None: torchvision's ImageNet weights, downloaded
+    once and kept under TORCH_HOME). Raises InputError if they do not fit, or cannot be downloaded."""
+
+    LAYERS = 36
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        from torchvision.models import VGG19_Weights, vgg
+
+        if weights is None:
+            try:
+                state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+            except (OSError, RuntimeError) as error:  # no connection; a damaged download
+                raise stage.InputError(
+                    f"vgg19: its weights cannot be downloaded, {error} (give them as a file)"
+                ) from None
+        else:
+            state = _read_weights(weights)
+        source = weights or "vgg19"
+        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+        layers = vgg.make_layers(vgg.cfgs["E"], batch_norm=False)
+        _load_weights(nn.ModuleDict({"features": layers}), state, source)
+        self.layers = layers[: self.LAYERS]
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("sd", torch.tensor(IMAGENET_SD)[:, None, None])
+        freeze(self)
+
+    def forward(self, hu: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layers((scaled(hu) - self.mean) / self.sd)]
+
+
+# Where the public file has torchvision's modules: it was saved from a Sequential of ResNet-50's children
+RADIMAGENET_NAMES = {
+    "backbone.0": "conv1",
+    "backbone.1": "bn1",
+    "backbone.4": "layer1",
+    "backbone.5": "layer2",
+    "backbone.6": "layer3",
+    "backbone.7": "layer4",
+}
+
+
+class RadImageNetFeatures(nn.Module):
+    """Layers 1 to 3 of RadImageNet's ResNet-50. (B, 1, H, W) HU -> three maps.
+
+    weights: the public file, with keys `backbone.*`. Raises InputError without it, or if they do not fit.
+    Source: Mei et al. 2022."""
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        from torchvision.models import resnet50
+
+        if weights is None:
+            raise stage.InputError(
+                "radimagenet: needs its weights as a file (ResNet50.pt from github.com/BMEII-AI/RadImageNet)"
+            )
+        state = {}
+        for key, value in _read_weights(weights).items():
+            place = ".".join(key.split(".")[:2])
+            state[RADIMAGENET_NAMES.get(place, place) + key[len(place) :]] = value
+        network = resnet50(weights=None)
+        network.fc = nn.Identity()
+        for key, value in network.state_dict().items():
+            if key.endswith("num_batches_tracked"):  # a counter that eval mode does not read
+                state.setdefault(key, value)
+        _load_weights(network, state, weights)
+        self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        self.layers = nn.ModuleList([network.layer1, network.layer2, network.layer3])
+        freeze(self)
+
+    def forward(self, hu: torch.Tensor) -> list[torch.Tensor]:
+        x = self.stem(
+            (scaled(hu) * 2 - 1).expand(-1, 3, -1, -1)
+        )  # -1..1 in three channels, as it was trained
+        maps = []
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    path = Path(path)
+    if not path.is_file():
+        raise stage.InputError(f"{path}: no such file (weights of a perceptual network)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 torch's own text would advise an unsafe load
+        raise stage.InputError(f"{path}: not a file of weights, or it holds more than numbers") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise stage.InputError(f"{path}: not a plain file of weights (a dict of tensors is needed)")
+    return state
+
+
+def _load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], source: Path | str) -> None:
+    """Load every weight by name and shape. Raises InputError naming the first that do not fit."""
+    wanted = network.state_dict()
+    wrong = [
+        key
+        for key in {**wanted, **state}
+        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
+    ]
+    if wrong:
+        raise stage.InputError(
+            f"{source}: {len(wrong)} weights do not fit, {', '.join(wrong[:3])}"
+            f"{' ...' if len(wrong) > 3 else ''} (another network's file?)"
+        )
+    network.load_state_dict(state)
+
+
+PERCEPTUAL: dict[str, Callable[[Path | None], nn.Module]] = {
+    "vgg19": VGG19Features,
+    "radimagenet": RadImageNetFeatures,
+}
+
+# ---------------------------------------------------------------- classifiers
+
+
 def masked_bce_loss(
     logits: torch.Tensor, targets: torch.Tensor, pos_weight: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -48,5 +412,15 @@ def masked_bce_loss(
     return (losses * known).sum() / known.sum().clamp_min(1)
 
 
+# ---------------------------------------------------------------- registry
+
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-LOSSES: dict[str, Loss] = {"rmse": rmse_loss, "mse": mse_loss, "lesion-mse": lesion_mse_loss}
+LOSSES: dict[str, Loss] = {
+    "rmse": rmse_loss,
+    "mse": mse_loss,
+    "lesion-mse": lesion_mse_loss,
+    "l1": l1_loss,
+    "charbonnier": charbonnier_loss,
+    "l1-ssim": l1_ssim_loss,
+    "tissue-weighted": tissue_weighted_loss,
+}

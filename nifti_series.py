@@ -25,6 +25,7 @@ import numpy as np
 from anatomy import LESION_CLASSES
 from volumes import (
     AIR_HU,
+    ASSUMED_HU,
     BESIDE_TOLERANCE_MM,
     JUNK_NAMES,
     LABEL_NAMES,
@@ -314,8 +315,10 @@ class _Image(NamedTuple):
     notes: list[str]
 
 
-def _read_image(path: str) -> _Image:
-    """The voxels of a file in HU. Raises ScanError if it cannot be read, placed, or holds no HU."""
+def _read_image(path: str, assume_hu: bool) -> _Image:
+    """The voxels of a file in HU. Raises ScanError if it cannot be read, placed, or holds no HU.
+
+    assume_hu: take its values as HU even so, and note it."""
     with _opened(path) as (header, planes):
         grid = _grid(header)
         hu = np.empty(header.shape[::-1], np.int16)
@@ -329,18 +332,20 @@ def _read_image(path: str) -> _Image:
     hu = grid.arrange(hu)
     _check_pixels(path, grid.affine_lps)
     fault = hu_fault(hu)
-    if fault:
+    if fault and not assume_hu:
         shifted = hu.clip(limits.min + HU_OFFSET) - np.int16(HU_OFFSET)
         offset = hu_fault(shifted) is None and np.mean((shifted > -20) & (shifted < 100)) > MIN_OFFSET_TISSUE
         if offset:
-            fix = f"set scl_inter to -{HU_OFFSET}, or export it in HU"
+            fix = f"set scl_inter to -{HU_OFFSET}, or export it in HU"  # no --assume-hu: it would be wrong
             raise ScanError(path, f"{fault}, they look like HU + {HU_OFFSET}", fix, "not_hu")
-        raise ScanError(path, fault, "export it in HU", "not_hu")
+        raise ScanError(path, fault, "export it in HU, or prepare it with --assume-hu", "not_hu")
     padding_count = np.count_nonzero(hu <= OUTSIDE_FOV_HU)
     np.clip(hu, AIR_HU, MAX_HU, out=hu)  # padding becomes air
     notes = list(header.notes)
     if no_numbers:
         notes.append("voxels that are no numbers: taken as padding")
+    if fault:
+        notes.append(ASSUMED_HU)
     stored_slices = grid.stored_slices(len(hu))
     if stored_slices is None:
         notes.append("stored in sagittal or coronal order: cut into axial slices")
@@ -410,7 +415,7 @@ def _read(job: Job, annotate: Callable[[_Inputs, np.ndarray | None, _Image], _An
     inputs: _Inputs = job.inputs
     for path, expected in inputs.sha256:
         _check_sha256(path, expected)
-    image = _read_image(inputs.image)
+    image = _read_image(inputs.image, job.assume_hu)
     values = None if inputs.mask is None else _read_mask(inputs.mask, inputs.image, image)
     annotation = annotate(inputs, values, image)
     lengths = np.linalg.norm(image.affine_lps[:3, :3], axis=0)

@@ -33,6 +33,7 @@ from array_sets import (
     to_hu,
 )
 from volumes import (
+    ASSUMED_HU,
     LABEL_NAMES,
     MAX_SIDE_PX,
     SKIPPED,
@@ -50,6 +51,7 @@ from volumes import (
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 FORMATS = ("PNG", "JPEG")
+GREY_MODES = ("L", "LA", "I;16", "I")  # of PIL; all others may be in colour
 GREY_TOLERANCE = 2  # between the channels of a grey picture: rounding of YCbCr in JPEG
 
 PICTURE_ERRORS = (  # what PIL raises on damaged files, besides OSError
@@ -85,7 +87,7 @@ def _open(path: Path, *, decode: bool) -> tuple[_Header, np.ndarray | None]:
                     raise ScanError(path, what, again, "too_large")
                 if image.mode == "1" or getattr(image, "n_frames", 1) > 1:
                     raise ScanError(path, "has one bit a pixel, or moves", again, "not_a_slice")
-                if image.mode not in ("L", "LA", "I;16", "I", "P", "PA", "RGB", "RGBA"):
+                if image.mode not in (*GREY_MODES, "P", "PA", "RGB", "RGBA"):
                     raise ScanError(path, f"is a picture of kind {image.mode}", again, "colour")
                 if not decode:
                     return header, None
@@ -107,13 +109,14 @@ def _open(path: Path, *, decode: bool) -> tuple[_Header, np.ndarray | None]:
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """Grey values (H, W), uint8 or uint16, of a PNG or JPEG. Raises ScanError; true colour is refused."""
+    """Grey values (H, W), uint8 or uint16, of a PNG or JPEG. Raises ScanError; one in colour is refused."""
     header, values = _open(Path(path), decode=True)
     if values.ndim == 2:
         return values.astype(np.uint8 if header.mode in ("L", "LA") else np.uint16)
     low, high = _extremes(values)
     if (high - low).max() > GREY_TOLERANCE:
-        raise ScanError(path, "a colour picture, not a CT slice", "use the grey picture", "colour")
+        what = "is in colour: a lesion is painted on it, or it is no CT slice"
+        raise ScanError(path, what, "use the picture without paint", "painted")
     return values[..., 0]
 
 
@@ -144,18 +147,23 @@ def discover_png(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
 
     The pictures of a folder are one scan where their names are the same text around numbers that run from 0
     or 1 without a gap, and their sizes are the same; otherwise each is a scan of one slice. A folder named
-    train, val or test gives the split. Raises ScanError if input_dir does not exist."""
+    train, val or test gives the split. What somebody painted is left out with code "painted": pictures in
+    colour, and those in a folder named OVERLAY or mask. Raises ScanError if input_dir does not exist."""
     root = Path(input_dir)
     files, rejected = list_files(root)
+    all_drawn = root.absolute().name.lower() in DRAWINGS
     folders: dict[Path, dict[Path, tuple[int, int]]] = {}
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
             rejected.append(rejection(root, file, "other_file", f"neither PNG nor JPEG ({SKIPPED})"))
-        elif DRAWINGS & {part.lower() for part in file.parent.parts}:
-            rejected.append(rejection(root, file, "other_file", f"a drawing, not a scan ({SKIPPED})"))
+        elif all_drawn or DRAWINGS & {part.lower() for part in file.parent.parts}:
+            reason = "in a folder of overlays or masks: lesions may be painted on it (use the others)"
+            rejected.append(rejection(root, file, "painted", reason))
         else:
             try:
                 header, _ = _open(root / file, decode=False)
+                if header.mode not in GREY_MODES:
+                    read_picture(root / file)  # one in colour must not spoil the series of its folder
             except ScanError as error:
                 rejected.append(rejection(root, file, error.code, f"{error.what} ({error.fix})"))
             else:
@@ -188,9 +196,10 @@ def _order(files: Sequence[Path]) -> dict[int, Path] | None:
 def read_png(job: Job) -> Scan:
     """Read one series of pictures.
 
-    8 bit: grey levels 0..255, flagged as windowed. 16 bit: HU where they are plausible under one of OFFSETS,
-    grey levels scaled to 0..255 where they use more than 12 bits. Pictures with the same pixels belong to the
-    same patient. Raises ScanError for colour, and for 12-bit values whose offset is unknown."""
+    8 bit: grey levels 0..255, flagged as windowed. 16 bit: HU where they are plausible under one of OFFSETS
+    (the bare bits of int16 where HU are assumed), grey levels scaled to 0..255 where they use more than 12
+    bits. Pictures with the same pixels belong to the same patient. Raises ScanError for colour, and for
+    12-bit values whose offset is unknown."""
     made: _Pictures = job.inputs
     pictures = [read_picture(path) for path in made.files]
     if len({(picture.shape, picture.dtype) for picture in pictures}) > 1:
@@ -212,9 +221,13 @@ def read_png(job: Job) -> Scan:
                 hu, padding = to_hu(stored)
                 notes.append(f"16 bit read as {name}, which gives air near -1000")
                 return flat_scan(job, hu, notes, padding_count=padding, **common)
+        if job.assume_hu:
+            hu, padding = to_hu(values.view(np.int16))
+            return flat_scan(job, hu, [*notes, ASSUMED_HU], padding_count=padding, **common)
         if values.max() < 1 << 12:
             what = f"12-bit values up to {values.max()} in 16 bit: what they mean in HU is not told"
-            raise ScanError(made.files[0], what, "give the DICOM files, or npz in HU", "not_hu")
+            fix = "give the DICOM files, or npz in HU; if they are HU as they stand, use --assume-hu"
+            raise ScanError(made.files[0], what, fix, "not_hu")
         values = np.rint(values * (255 / WHOLE_16_BIT))
         notes.append("16 bit, not HU: scaled to grey levels 0 to 255")
     return flat_scan(job, values.astype(np.int16), notes, make=Scan, intensity="windowed", **common)

@@ -10,6 +10,7 @@ denoised slices. Research use only."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,11 @@ import checkpoints
 import metrics
 import stage
 import training
-from dataset import evaluation_seed, fit_to_square, low_dose, to_tensor
+from dataset import fit_to_square, square_pixel_mm
 from display import NOTICE, radiological
-from dose import DOSE_MODELS
+from dose import DOSE_MODELS, SIMULATED
 from inference import classify, denoise, fits_denoiser, load_classifier, load_denoiser
+from low_dose import evaluation_seed, noise_level, simulate_scan
 from models import BRAIN_WINDOW
 from scans import READERS, read_scan
 from volumes import AIR_HU, Scan, ScanError, write_nifti
@@ -35,6 +37,8 @@ from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen 
 NOISE_SEED = 42  # as in the study
 SHEET_COLUMNS = 7  # four rows for a routine scan of 28 slices
 SHEET_SLICES = 42  # of a longer scan evenly spaced ones are shown
+
+ROUTINE_NOISE_HU = 4.0  # of a scan in which none could be measured
 
 
 class Dose(NamedTuple):
@@ -58,7 +62,7 @@ def get_parser() -> stage.StageParser:
         "--dose", type=float, help="first simulate this dose, and measure what the denoiser gives back"
     )
     parser.add_argument(
-        "--dose-model", choices=sorted(DOSE_MODELS), help="for --dose (default: as the denoiser was trained)"
+        "--dose-model", choices=sorted(SIMULATED), help="for --dose (default: as the denoiser was trained)"
     )
     parser.add_argument("--seed", type=stage.natural_int, help="of the noise of --dose (default: 42)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -115,8 +119,11 @@ def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) ->
     """Denoise a scan at its own matrix and classify its slices. dose: simulated first, if any."""
     given, quality = scan.hu, None
     if dose is not None:
-        given = _simulate(scan.hu, scan.series_uid, dose)
-    denoised = denoise(denoiser, given)
+        given = _simulate(scan, scan.hu, scan.spacing_mm, dose)
+    level = scan.noise_hu if math.isfinite(scan.noise_hu) else ROUTINE_NOISE_HU
+    if dose is not None:
+        level = noise_level(dose.model, dose.value, scan.noise_hu)
+    denoised = denoise(denoiser, given, level)
     denoised[scan.hu == AIR_HU] = AIR_HU  # what was never measured stays so
     if dose is not None:
         brain = anatomy.MASKS[anatomy.DEFAULT_MASK](scan.hu, scan.spacing_mm)
@@ -131,9 +138,10 @@ def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) ->
         }
     small = fit_to_square(scan.hu, scan.spacing_mm, facts["size"], AIR_HU)
     if dose is not None:  # at the classifier's own matrix: resampling would average noise away
-        small = _simulate(small, scan.series_uid, dose)
+        pixel_mm = square_pixel_mm(scan.hu.shape[1:], scan.spacing_mm, facts["size"])
+        small = _simulate(scan, small, (scan.spacing_mm[0], pixel_mm, pixel_mm), dose)
     if facts["input"] == "denoised":
-        small = denoise(denoiser, small)
+        small = denoise(denoiser, small, level)
     scores = classify(classifier, small)[:, 0].astype(np.float64)
     scan_score = float(metrics.scan_scores(scores, np.zeros(len(scores), int))[0])
     thresholds = facts["thresholds"]
@@ -162,12 +170,21 @@ def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) ->
     return Reading(given, denoised, result)
 
 
-def _simulate(volume: np.ndarray, series_uid: str, dose: Dose) -> np.ndarray:
-    """A scan at a dose, with the noise that the study would give it. (S, H, W) HU -> float32 HU."""
+def _simulate(scan: Scan, volume: np.ndarray, spacing_mm: tuple, dose: Dose) -> np.ndarray:
+    """A scan's slices, resampled or not, at a dose, with the noise of the study. Returns float32 HU."""
     seeds = [
-        evaluation_seed(dose.seed, series_uid, index, dose.model, dose.value) for index in range(len(volume))
+        evaluation_seed(dose.seed, scan.series_uid, index, dose.model, dose.value)
+        for index in range(len(volume))
     ]
-    return low_dose(to_tensor(volume), dose.model, [dose.value] * len(seeds), seeds)[:, 0].numpy()
+    return simulate_scan(
+        volume,
+        dose.model,
+        [dose.value] * len(seeds),
+        seeds,
+        spacing_mm=spacing_mm,
+        noise_hu=scan.noise_hu,
+        own_pixel_mm=math.sqrt(scan.spacing_mm[1] * scan.spacing_mm[2]),
+    )
 
 
 def _call(score: float, threshold: dict) -> dict:

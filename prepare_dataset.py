@@ -40,6 +40,11 @@ def get_parser() -> stage.StageParser:
     parser.add_argument("--workers", type=stage.positive_int, default=2, help="processes (default: 2)")
     parser.add_argument("--limit", type=stage.positive_int, help="only the first so many series, for a try")
     parser.add_argument(
+        "--assume-hu",
+        action="store_true",
+        help="take values that do not look like HU as HU, and record it (default: such series are left out)",
+    )
+    parser.add_argument(
         "--max-reject",
         type=stage.fraction,
         default=0.01,
@@ -52,6 +57,8 @@ def reader_options(args) -> dict:
     """The options of the chosen source. Raises InputError for one that belongs to another source."""
     given = {name: getattr(args, name) for name in PHANTOM_DEFAULTS if getattr(args, name) is not None}
     if args.source == "phantom":
+        if args.assume_hu:
+            raise stage.InputError("--assume-hu: --source phantom is in HU (leave it out)")
         if args.input is not None:
             raise stage.InputError("--input: --source phantom makes its own data (leave it out)")
         return PHANTOM_DEFAULTS | given
@@ -152,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             seen = f"{len(rejected)} files left out" if rejected else "it holds no files"
             example = f", e.g. {rejected[0].file}: {rejected[0].reason}" if rejected else ""
             raise stage.InputError(f"{args.input}: no usable series ({seen}{example})")
-        jobs = jobs[: args.limit]
+        jobs = [job._replace(assume_hu=args.assume_hu) for job in jobs[: args.limit]]
         finished = {folder.name for folder in all_series(args.out)}
         waiting = [job for job in jobs if job.series_uid not in finished]
         stage.log.info("%d series found, %d already prepared", len(jobs), len(jobs) - len(waiting))

@@ -26,9 +26,10 @@ import checkpoints
 import metrics
 import stage
 import training
-from dataset import Pack, check_doses, evaluation_input, load_pack, task_targets
+from dataset import Pack, load_pack, task_targets
 from dose import DOSE_MODELS
 from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
+from low_dose import LowDose, check_doses
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
@@ -189,12 +190,16 @@ def measure(
     inside = pack.masks(anatomy.MASKS[mask])
     patients = pack.patient_ids()
     low, high = metrics.RANGE_HU
+    source = LowDose(pack, dose_model, doses)
     rows = []
     for dose in stage.progress(sorted(doses), desc="doses", unit="dose"):
         images, quality = {}, {}
-        noisy = evaluation_input(pack, range(len(pack)), dose_model, [dose] * len(pack), seed)
+        all_rows, same = np.arange(len(pack)), [dose] * len(pack)
+        noisy, levels = source.evaluation(all_rows, same, seed), source.levels(all_rows, same)
         for used in (None, denoiser):
-            images[used] = noisy if used is None else denoise(used.network, noisy)
+            images[used] = noisy
+            if used is not None:
+                images[used] = denoise(used.network, noisy, levels, pack.series_of)
             quality[used] = metrics.image_quality(images[used], reference, inside, patients)
         common = {
             "dose_model": dose_model,

@@ -1,12 +1,14 @@
 """Stage 4: train a slice classifier on clean, low-dose or denoised slices.
 
 Reads:   <data>/{train,val}/, and --denoiser for --input denoised
-Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json
+Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json, and with --keep-every .epoch<k>.pt, with --csv .csv,
+         with --tensorboard .tb/
 Example: python train_classifier.py --task stroke --input clean --epochs 40 --batch-size 32
          python train_classifier.py --task stroke --input noisy --name classifier_noisy"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,16 +25,13 @@ from dataset import (
     Batch,
     Pack,
     augment,
-    check_doses,
-    evaluation_input,
     load_pack,
-    low_dose,
     native_size,
-    random_doses,
     task_targets,
 )
 from inference import classify, denoise, load_classifier, load_denoiser
 from losses import masked_bce_loss
+from low_dose import LowDose, check_doses
 from models import BRAIN_WINDOW, CLASSIFIERS, build_model
 
 INPUTS = ("clean", "noisy", "denoised")
@@ -41,7 +40,7 @@ VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and r
 
 def get_parser() -> stage.StageParser:
     parser = stage.StageParser(__doc__)
-    training.add_run_options(parser, name="classifier", epochs=40, batch_size=32, lr=1e-3)
+    training.add_run_options(parser, name="classifier", epochs=40, batch_size=32, lr=1e-3, weight_decay=0.05)
     parser.add_argument("--task", choices=sorted(TASKS), default="stroke", help="question (default: stroke)")
     parser.add_argument("--input", choices=INPUTS, default="clean", help="what it learns on (default: clean)")
     parser.add_argument("--denoiser", type=Path, help="for --input denoised (default: denoiser.pt in --out)")
@@ -60,7 +59,6 @@ def get_parser() -> stage.StageParser:
         default="sampler",
         help="against rare positives: draw them more often, weigh them more, or neither (default: sampler)",
     )
-    parser.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
     parser.add_argument(
         "--assume-absent",
         nargs="+",
@@ -69,6 +67,7 @@ def get_parser() -> stage.StageParser:
         help="labels whose unknown values count as 0, e.g. ischemia on RSNA; kept in the checkpoint",
     )
     training.add_dose_options(parser, training.DOSE_MODEL)
+    training.add_noise_option(parser)
     return parser
 
 
@@ -142,11 +141,19 @@ def sampling(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    for args in training.each_seed(get_parser().parse_args(argv)):
+        train_one(args)
+
+
+def train_one(args: argparse.Namespace) -> None:
+    """One classifier, as the options have it."""
     device = training.pick_device(args.device)
-    precision = training.pick_precision(args.precision, device)
-    if args.input == "clean" and (args.dose_model or args.doses):
-        raise stage.InputError("--dose-model, --doses: clean slices have no simulated dose (leave them out)")
+    options = training.pick_options(args, device)
+    simulation = args.dose_model, args.doses, args.noise_realisations
+    if args.input == "clean" and simulation != (None, None, None):
+        raise stage.InputError(
+            "--dose-model, --doses, --noise-realisations: clean slices have no low dose (leave them out)"
+        )
     dose_model = args.dose_model or training.DOSE_MODEL
     doses = check_doses(dose_model, args.doses)
     denoiser, start, parents, seen = None, None, {}, []
@@ -168,13 +175,18 @@ def main(argv: list[str] | None = None) -> None:
     weights, pos_weight = sampling(targets, rows, args.balance)
     pos_weight = None if pos_weight is None else pos_weight.to(device)
 
+    low_dose = None
+    if args.input != "clean":
+        low_dose = LowDose(train, dose_model, doses, training.noise_realisations(args, device))
+
     def loss_fn(network: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
-        hu = augment(batch.hu, batch.seeds)
-        if args.input != "clean":
-            hu = low_dose(hu, dose_model, random_doses(batch.seeds, doses), batch.seeds)
+        if low_dose is None:
+            return masked_bce_loss(network(augment(batch.hu, batch.seeds)), batch.targets, pos_weight)
+        _, hu, drawn = low_dose.pair(batch, augment, 1 if denoiser is None else denoiser.slices)
         if denoiser is not None:
+            levels = torch.tensor(low_dose.levels(batch.rows, drawn), dtype=torch.float32, device=device)
             with torch.no_grad():
-                hu = denoiser(hu)
+                hu = denoiser(hu, levels)
         return masked_bce_loss(network(hu), batch.targets, pos_weight)
 
     val_targets, val_rows = known_targets(val, "val", args.task, args.assume_absent)
@@ -183,10 +195,12 @@ def main(argv: list[str] | None = None) -> None:
         images, origin = np.asarray(val.image[val_rows]), f"largest Youden index on val, {args.input} slices"
         if args.input != "clean":
             turns = [doses[place % len(doses)] for place in range(len(val_rows))]
-            images = evaluation_input(val, val_rows, dose_model, turns, VALIDATION_SEED)
+            source = LowDose(val, dose_model, doses)
+            images = source.evaluation(val_rows, turns, VALIDATION_SEED)
+            levels = source.levels(val_rows, turns)
             origin += f", {dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
         if denoiser is not None:
-            images = denoise(denoiser, images)
+            images = denoise(denoiser, images, levels, val.series_of[val_rows])
         return validator(val, val_targets, val_rows, images, origin)
 
     def make_model() -> torch.nn.Module:
@@ -199,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         args,
         train,
         val,
+        options=options,
         make_model=make_model,
         loss_fn=loss_fn,
         make_validate=make_validate,
@@ -215,9 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         seen=seen,
         select=("auc", "max"),
-        weight_decay=args.weight_decay,
         device=device,
-        precision=precision,
         rows=rows,
         weights=weights,
         targets=targets,

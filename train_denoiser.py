@@ -1,120 +1,400 @@
-"""Stage 3: train a denoiser on pairs of a slice and its simulated low dose.
+"""Stage 3: train a denoiser on pairs of a slice and its low dose.
 
 Reads:   <data>/{train,val}/
-Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json
+Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json, and with --keep-every .epoch<k>.pt, with --csv .csv,
+         with --tensorboard .tb/, with --samples .samples/epoch_<k>_dose_<d>.png (low | output | target);
+         with --model student also <name>.teacher.pt and its files
 Example: python train_denoiser.py --epochs 50 --batch-size 8
+         python train_denoiser.py --model nafnet --width 32 --dose-model projection --per-dose --seeds 1 2 3
+         python train_denoiser.py --model student --encoder nafnet --epochs_teacher 100 --epochs_student 150
          torchrun --nproc_per_node=8 train_denoiser.py --batch-size 64"""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import anatomy
+import checkpoints
 import metrics
 import stage
 import training
-from dataset import (
-    Batch,
-    Pack,
-    check_doses,
-    evaluation_input,
-    load_pack,
-    low_dose,
-    mirror,
-    native_size,
-    random_doses,
+from dataset import Batch, Pack, crop, load_pack, mirror, native_size, neighbours
+from display import to_grey
+from inference import denoise, load_denoiser
+from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss
+from low_dose import LowDose, check_doses
+from models import (
+    AUTOENCODER_WINDOW,
+    AUTOENCODERS,
+    BRAIN_WINDOW,
+    DENOISERS,
+    SOFT_WINDOW,
+    adopt_decoder,
+    build_model,
+    freeze,
 )
-from inference import denoise
-from losses import LOSSES
-from models import DENOISERS, SOFT_WINDOW, build_model
 
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
+WIDTHS = [64, 128, 256]  # of the paper on simulated low dose for stroke
+# which options shape which network
+SHAPED_BY = {
+    "unet": ("widths", "slices", "dose_aware"),
+    "nafnet": ("width", "slices", "dose_aware"),
+    "redcnn": ("width", "slices", "dose_aware"),
+    "autoencoder": ("width", "encoder", "slices", "dose_aware"),
+    "student": ("width", "encoder", "slices", "dose_aware"),
+}
+# weights of the student's objective: option -> argument of AnatomyAwareLoss, meaning
+STUDENT_WEIGHTS = {
+    "lam_lat": ("lam_lat", "latent of the student against the teacher's"),
+    "lam_rec": ("lam_rec", "L1 + alpha (1 - SSIM) of the output"),
+    "alpha_ssim": ("alpha", "1 - SSIM beside L1, of teacher and student"),
+    "lam_grad": ("b1", "L1 of the Sobel gradients"),
+    "lam_msssim": ("b2", "1 - MS-SSIM"),
+    "lam_perc": ("g1", "perceptual network"),
+    "lam_feat": ("w_d", "four feature maps against the teacher's"),
+}
 
 
 def get_parser() -> stage.StageParser:
     parser = stage.StageParser(__doc__)
-    training.add_run_options(parser, name="denoiser", epochs=50, batch_size=8, lr=1e-3)
-    parser.add_argument("--model", choices=sorted(DENOISERS), default="unet", help="network (default: unet)")
-    parser.add_argument(
-        "--widths",
-        type=stage.positive_int,
-        nargs="+",
-        default=[64, 128, 256],
-        help="channels per level of the U-Net (default: 64 128 256)",
-    )
-    parser.add_argument("--loss", choices=sorted(LOSSES), default="rmse", help="objective (default: rmse)")
+    training.add_run_options(parser, name="denoiser", epochs=50, batch_size=8, lr=1e-3, samples=True)
     training.add_dose_options(parser, training.DOSE_MODEL)
+    training.add_noise_option(parser)
+    parser.add_argument(
+        "--per-dose", action="store_true", help="one network for each dose, <name>.dose<d>, not one for all"
+    )
+    parser.add_argument("--loss", choices=sorted(LOSSES), help="objective (default: rmse)")
+    parser.add_argument(
+        "--target",
+        choices=("clean", "noisy"),
+        default="clean",
+        help="noisy: a second noise realisation, as in Noise2Noise (default: clean)",
+    )
+    parser.add_argument("--crop", type=stage.positive_int, help="train on crops of this side (default: none)")
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", choices=sorted(DENOISERS), default="unet", help="(default: unet)")
+    group.add_argument("--widths", type=stage.positive_int, nargs="+", help="unet: channels per level")
+    group.add_argument("--width", type=stage.positive_int, help="the others: channels at full resolution")
+    group.add_argument(
+        "--encoder", choices=sorted(AUTOENCODERS), help="autoencoder, student (default: nafnet)"
+    )
+    group.add_argument("--slices", type=stage.positive_int, help="3, 5, ...: neighbours as further channels")
+    group.add_argument(
+        "--dose-aware",
+        action=argparse.BooleanOptionalAction,
+        help="tell the network the noise level (default: student only; the ablation is --no-dose-aware)",
+    )
+    group = parser.add_argument_group("student (teacher first, on full dose; then an encoder for low dose)")
+    group.add_argument("--epochs-teacher", type=stage.positive_int, help="(default: 100)")
+    group.add_argument("--epochs-student", type=stage.positive_int, help="(default: 150)")
+    group.add_argument("--teacher", type=Path, help="a trained teacher: only the student is trained")
+    defaults = AnatomyAwareLoss.__init__.__kwdefaults__
+    for option, (name, meaning) in STUDENT_WEIGHTS.items():
+        group.add_argument(
+            f"--{option.replace('_', '-')}", type=float, help=f"{meaning} (default: {defaults[name]:g})"
+        )
+    group.add_argument(
+        "--perceptual", choices=sorted(PERCEPTUAL), help="network of --lam-perc (default: vgg19)"
+    )
+    group.add_argument("--perceptual-weights", type=Path, help="its weights (default: downloaded)")
     return parser
 
 
-def validator(pack: Pack, dose_model: str, doses: list[float]) -> Callable[[torch.nn.Module], dict]:
-    """validate(model) -> HU-RMSE inside the brain, denoised and noisy, each slice at one dose in turn.
+def shape(args: argparse.Namespace, size: int) -> dict:
+    """The network's own arguments. Raises InputError for an option that another network has."""
+    known = {name for names in SHAPED_BY.values() for name in names}
+    kwargs = {name: getattr(args, name) for name in sorted(known) if getattr(args, name) is not None}
+    for name in kwargs:
+        if name not in SHAPED_BY[args.model]:
+            takes = ", ".join(model for model, names in SHAPED_BY.items() if name in names)
+            raise stage.InputError(f"--{name.replace('_', '-')}: only for --model {takes} (leave it out)")
+    has_encoder = "encoder" in SHAPED_BY[args.model]
+    kwargs["window"] = list(AUTOENCODER_WINDOW if has_encoder else SOFT_WINDOW)
+    if args.model == "unet":
+        kwargs.setdefault("widths", WIDTHS)
+    if args.model == "nafnet" or (has_encoder and kwargs.get("encoder", "nafnet") == "nafnet"):
+        kwargs["pool_size"] = args.crop or size  # its attention averages over what it was trained on
+    return kwargs
 
-    Scored against the noise-free truth where there is one, else against the slice before simulation."""
-    rows = np.arange(len(pack))
-    noisy = evaluation_input(
-        pack, rows, dose_model, [doses[row % len(doses)] for row in rows], VALIDATION_SEED
-    )
-    reference = pack.image if pack.truth is None else pack.truth
-    inside = pack.masks(anatomy.MASKS[anatomy.DEFAULT_MASK])
-    patients = pack.patient_ids()
 
-    def rmse(images: np.ndarray) -> float:
-        values = [metrics.rmse_hu(images[row], reference[row], inside[row]) for row in rows]
-        means = metrics.patient_means(np.array(values), patients)
+# ---------------------------------------------------------------- validation and pictures
+
+
+class Validation:
+    """Low-dose slices of a pack, each at one dose in turn, and what they are scored against."""
+
+    def __init__(self, pack: Pack, low_dose: LowDose):
+        self.pack, self.doses = pack, low_dose.doses
+        rows = np.arange(len(pack))
+        turns = [self.doses[row % len(self.doses)] for row in rows]
+        self.noisy = low_dose.evaluation(rows, turns, VALIDATION_SEED)
+        self.levels = low_dose.levels(rows, turns)
+        self.reference = pack.image if pack.truth is None else pack.truth
+        self.inside = pack.masks(anatomy.MASKS[anatomy.DEFAULT_MASK])
+        self.before = self._rmse(self.noisy)
+
+    def _rmse(self, images: np.ndarray) -> float:
+        values = [
+            metrics.rmse_hu(image, self.reference[row], self.inside[row]) for row, image in enumerate(images)
+        ]
+        means = metrics.patient_means(np.array(values), self.pack.patient_ids())
         return float(means.mean()) if len(means) else math.nan
 
-    before = rmse(noisy)
-    return lambda model: {"rmse_hu": rmse(denoise(model, noisy)), "rmse_hu_noisy": before}
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        """HU-RMSE inside the brain, denoised and noisy.
+
+        Against the noise-free truth where there is one, else against the slice before simulation."""
+        denoised = denoise(model, self.noisy, self.levels, self.pack.series_of)
+        return {"rmse_hu": self._rmse(denoised), "rmse_hu_noisy": self.before}
+
+
+def sampler(pack: Pack, low_dose: LowDose) -> Callable[[torch.nn.Module], dict[str, np.ndarray]]:
+    """samples(model) -> for each dose low | output | target in the brain window, (H, 3 W) uint8.
+
+    Each dose shows the middle slice of another scan, as far as there are so many."""
+    middles = [int(np.median(np.flatnonzero(pack.series_of == one))) for one in range(len(pack.series))]
+    doses = low_dose.doses
+    chosen = [middles[place % len(middles)] for place in range(len(doses))]
+    reference = (pack.image if pack.truth is None else pack.truth)[chosen]
+
+    def samples(model: torch.nn.Module) -> dict[str, np.ndarray]:
+        rows = neighbours(pack.series_of, model.slices)[chosen]
+        repeated = np.repeat(doses, model.slices)
+        noisy = low_dose.evaluation(rows.ravel(), repeated, VALIDATION_SEED)
+        groups, middle = np.repeat(np.arange(len(doses)), model.slices), model.slices // 2
+        denoised = denoise(model, noisy, low_dose.levels(rows.ravel(), repeated), groups)
+        triplets = [noisy[middle :: model.slices], denoised[middle :: model.slices], reference]
+        return {
+            f"dose_{dose:g}": to_grey(triplet, *BRAIN_WINDOW)
+            for dose, triplet in zip(doses, np.concatenate(triplets, axis=2), strict=True)
+        }
+
+    return samples
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Data:
+    """What all networks of one command learn from: packs, low dose, and batches as networks see them."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, doses: list[float]):
+        self.args, size = args, args.size or native_size(args.data)
+        self.train, self.val = (load_pack(args.data, split, size) for split in ("train", "val"))
+        if args.crop is not None and args.crop > size:
+            raise stage.InputError(f"--crop {args.crop}: slices have {size} x {size} pixels (choose less)")
+        dose_model = args.dose_model or training.DOSE_MODEL
+        self.low = LowDose(self.train, dose_model, doses, training.noise_realisations(args, device))
+        self.val_low = LowDose(self.val, dose_model, doses)
+        if args.target == "noisy" and self.low.model.simulate is None:
+            raise stage.InputError("--target noisy: real low dose has one realisation only (leave it out)")
+
+    def views(
+        self, batch: Batch, slices: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(low with neighbours, noise SDs, target, full dose) of a batch, mirrored and cropped alike."""
+        full, low, doses = self.low.pair(batch, mirror, slices)
+        target = full
+        if self.args.target == "noisy":
+            others = [stage.stable_seed("second", seed) for seed in batch.seeds]
+            target = self.low.simulate(full, batch.rows, doses, others)
+        sigma = torch.tensor(self.low.levels(batch.rows, doses), dtype=torch.float32, device=full.device)
+        low, target, full = (self.cropped(images, batch) for images in (low, target, full))
+        return low, sigma, target, full
+
+    def cropped(self, images: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return images if self.args.crop is None else crop(images, batch.seeds, self.args.crop)
+
+    def full(self, batch: Batch) -> torch.Tensor:
+        """The full-dose slices of a batch as views has them."""
+        return self.cropped(mirror(batch.hu, batch.seeds), batch)
+
+    def mask(self, batch: Batch) -> torch.Tensor | None:
+        """Its lesion masks, where there are any."""
+        return None if batch.mask is None else self.cropped(mirror(batch.mask, batch.seeds), batch)
+
+
+def fit(
+    args: argparse.Namespace,
+    data: Data,
+    device: torch.device,
+    *,
+    model: str,
+    kwargs: dict,
+    loss_fn: training.LossFunction,
+    start: Callable[[torch.nn.Module], None] = lambda _model: None,
+    parents: dict | None = None,
+    seen: tuple[str, ...] = (),
+) -> Path | None:
+    """Train one network and say how good it is. start: what is done to it before. Returns its checkpoint."""
+
+    def make_model() -> torch.nn.Module:
+        network = build_model(model, **kwargs)
+        start(network)
+        return network
+
+    done = training.run(
+        args,
+        data.train,
+        data.val,
+        options=training.pick_options(args, device),
+        make_model=make_model,
+        loss_fn=loss_fn,
+        make_validate=lambda: Validation(data.val, data.val_low),
+        facts={
+            "stage": "denoiser",
+            "model": {"name": model, "kwargs": kwargs},
+            "dose_model": data.low.name,
+            "doses": data.low.doses,
+            "parents": parents or {},
+        },
+        seen=seen,
+        select=("rmse_hu", "min"),
+        device=device,
+        samples=sampler(data.val, data.val_low) if args.samples or args.tensorboard else None,
+    )
+    if done is None:
+        return None
+    path, best = done
+    stage.say(
+        f"{path}: epoch {best['epoch']}, validation RMSE inside the {anatomy.DEFAULT_MASK} "
+        f"{metrics.shown(best['rmse_hu'], 2)} HU (noisy {metrics.shown(best['rmse_hu_noisy'], 2)} HU)"
+    )
+    return path
+
+
+def train_plain(args: argparse.Namespace, data: Data, device: torch.device) -> None:
+    """One network that learns its target from low dose."""
+    name, kwargs = args.loss or "rmse", shape(args, data.train.size)
+    loss, slices = LOSSES[name], kwargs.get("slices", 1)
+    if name == "lesion-mse" and data.train.mask is None:
+        raise stage.InputError("--loss lesion-mse: these data have no lesion masks (choose another)")
+
+    def loss_fn(network: training.Network, batch: Batch) -> torch.Tensor:
+        low, sigma, target, _ = data.views(batch, slices)
+        return loss(network(low, sigma), target, data.mask(batch))
+
+    fit(args, data, device, model=args.model, kwargs=kwargs, loss_fn=loss_fn)
+
+
+def train_student(args: argparse.Namespace, data: Data, device: torch.device) -> None:
+    """Teacher on full dose, unless there is one; then an encoder for low dose before its frozen decoder.
+
+    Source: "Anatomy-Aware CT Scan Denoising"."""
+    kwargs = {"encoder": "nafnet", "dose_aware": True} | shape(args, data.train.size)
+    given = {name: getattr(args, option) for option, (name, _) in STUDENT_WEIGHTS.items()}
+    weights = AnatomyAwareLoss.__init__.__kwdefaults__ | {k: v for k, v in given.items() if v is not None}
+    perceptual = None
+    if weights["g1"]:
+        perceptual = PERCEPTUAL[args.perceptual or "vgg19"](args.perceptual_weights).to(device)
+    elif args.perceptual or args.perceptual_weights:
+        raise stage.InputError("--perceptual, --perceptual-weights: --lam-perc 0 leaves them unused")
+    objective = AnatomyAwareLoss(perceptual, **weights)
+    path = args.teacher or train_teacher(args, data, device, kwargs, weights["alpha"])
+    if path is None:  # another process than the first: what that one wrote is there, as all have finished
+        path = args.out / f"{args.name}.teacher.pt"
+    teacher, facts = load_denoiser(path, device)
+    if facts["model"]["name"] != "autoencoder":
+        raise stage.InputError(f"{path}: is a {facts['model']['name']}; --teacher needs an autoencoder")
+    freeze(teacher)
+
+    def loss_fn(network: training.Network, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        low, sigma, target, full = data.views(batch, kwargs.get("slices", 1))
+        with torch.no_grad(), training.autocast(device, training.pick_precision(args.precision, device)):
+            wanted = teacher.encode(full)
+        terms = objective.terms(network(low, sigma, encoded=True), wanted, target)
+        return objective.total(terms), terms
+
+    def start(model: torch.nn.Module) -> None:
+        try:
+            adopt_decoder(model, teacher)
+        except ValueError as error:
+            raise stage.InputError(f"{path}: {error} (train another teacher)") from None
+
+    fit(
+        argparse.Namespace(**{**vars(args), "epochs": args.epochs_student or 150}),
+        data,
+        device,
+        model="student",
+        kwargs=kwargs,
+        loss_fn=loss_fn,
+        start=start,
+        parents={"teacher": {"path": path.name, "sha256": checkpoints.file_sha256(path)}},
+        seen=tuple(facts["trained_on"]),
+    )
+
+
+def train_teacher(
+    args: argparse.Namespace, data: Data, device: torch.device, kwargs: dict, alpha: float
+) -> Path | None:
+    """An autoencoder that gives full-dose slices back; its decoder is the student's."""
+    own = {name: value for name, value in kwargs.items() if name not in ("dose_aware", "slices")}
+
+    def loss_fn(network: training.Network, batch: Batch) -> torch.Tensor:
+        full = data.full(batch)
+        return l1_ssim_loss(network(full), full, None, alpha)
+
+    changed = {"name": f"{args.name}.teacher", "epochs": args.epochs_teacher or 100}
+    return fit(
+        argparse.Namespace(**{**vars(args), **changed}),
+        data,
+        device,
+        model="autoencoder",
+        kwargs=own,
+        loss_fn=loss_fn,
+    )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect. Raises InputError."""
+    own = [
+        "epochs_teacher",
+        "epochs_student",
+        "teacher",
+        "perceptual",
+        "perceptual_weights",
+        *STUDENT_WEIGHTS,
+    ]
+    if args.model != "student":
+        unused = [name for name in own if getattr(args, name) is not None]
+        if unused:
+            raise stage.InputError(
+                f"--{unused[0].replace('_', '-')}: only for --model student (leave it out)"
+            )
+    elif args.loss is not None:
+        raise stage.InputError("--loss: the student has its own, see --lam-lat and the others (leave it out)")
+    elif args.teacher is not None and args.epochs_teacher is not None:
+        raise stage.InputError("--epochs-teacher: with --teacher none is trained (leave one of them out)")
+
+
+def each_run(
+    args: argparse.Namespace, doses: list[float]
+) -> Iterator[tuple[argparse.Namespace, list[float]]]:
+    """The networks asked for: with --seeds one a seed, with --per-dose one a dose."""
+    for one in training.each_seed(args):
+        if not args.per_dose:
+            yield one, doses
+            continue
+        for dose in doses:
+            name = f"{one.name}.dose{dose:g}"
+            yield argparse.Namespace(**{**vars(one), "name": name, "doses": [dose]}), [dose]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    check_options(args)
     device = training.pick_device(args.device)
-    precision = training.pick_precision(args.precision, device)
-    dose_model = args.dose_model or training.DOSE_MODEL
-    doses = check_doses(dose_model, args.doses)
-    size = args.size or native_size(args.data)
-    train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
-    loss = LOSSES[args.loss]
-    if args.loss == "lesion-mse" and train.mask is None:
-        raise stage.InputError("--loss lesion-mse: these data have no lesion masks (choose rmse or mse)")
-
-    def loss_fn(network: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
-        full = mirror(batch.hu, batch.seeds)
-        mask = None if batch.mask is None else mirror(batch.mask, batch.seeds)
-        low = low_dose(full, dose_model, random_doses(batch.seeds, doses), batch.seeds)
-        return loss(network(low), full, mask)
-
-    kwargs = {"widths": args.widths, "window": list(SOFT_WINDOW)}
-    done = training.run(
-        args,
-        train,
-        val,
-        make_model=lambda: build_model(args.model, **kwargs),
-        loss_fn=loss_fn,
-        make_validate=lambda: validator(val, dose_model, doses),
-        facts={
-            "stage": "denoiser",
-            "model": {"name": args.model, "kwargs": kwargs},
-            "dose_model": dose_model,
-            "doses": doses,
-            "parents": {},
-        },
-        select=("rmse_hu", "min"),
-        device=device,
-        precision=precision,
-    )
-    if done is not None:
-        path, best = done
-        stage.say(
-            f"{path}: epoch {best['epoch']}, validation RMSE inside the {anatomy.DEFAULT_MASK} "
-            f"{metrics.shown(best['rmse_hu'], 2)} HU (noisy {metrics.shown(best['rmse_hu_noisy'], 2)} HU)"
-        )
+    doses = check_doses(args.dose_model or training.DOSE_MODEL, args.doses)
+    for one, some in each_run(args, doses):
+        data = Data(one, device, some)
+        (train_student if one.model == "student" else train_plain)(one, data, device)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ TISSUE_RANGE_HU = (-20, 100)  # water to fresh blood
 MIN_FRACTION = 0.005  # of the picture; real slices, even of hollow phantoms, have several times that
 JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini"}
 SKIPPED = "nothing to do, it is skipped"
+ASSUMED_HU = "values that are not plausible as HU were taken as HU (--assume-hu)"
 
 
 class ScanError(ValueError):
@@ -61,7 +62,7 @@ class Rejected(NamedTuple):
 EXPECTED_CODES = frozenset(
     (
         *("localizer", "secondary_capture", "colour", "not_ct", "dicomdir", "other_file", "not_axial"),
-        *("other_series", "duplicate_row", "no_image", "filler", "label_alone", "mask_alone"),
+        *("other_series", "duplicate_row", "no_image", "filler", "label_alone", "mask_alone", "painted"),
     )
 )
 
@@ -73,6 +74,7 @@ class Job(NamedTuple):
     series_uid: str
     case: str
     inputs: Any  # whatever the reader's `read` needs; picklable
+    assume_hu: bool = False  # take values that hu_fault doubts as they are, and say so in the repairs
 
 
 class Reader(NamedTuple):

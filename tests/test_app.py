@@ -23,6 +23,7 @@ import models
 import run_experiments
 import stage
 from inference import classify, denoise, load_classifier, load_denoiser
+from low_dose import LowDose
 from volumes import Scan
 
 ROOT = Path(app.__file__).parent
@@ -312,7 +313,7 @@ def test_columns_of_the_table_are_those_of_the_study():
 def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
     pack = dataset.load_pack(full / "data", "test", SIZE)
     heads = pack.masks(anatomy.head_mask)
-    noisy = dataset.evaluation_input(pack, range(len(pack)), "calibrated", [5.0] * len(pack), 7)
+    noisy = LowDose(pack, "calibrated", [5.0] * len(pack)).evaluation(range(len(pack)), [5.0] * len(pack), 7)
     for number, folder in enumerate(dataset.series_folders(full / "data", "test")):
         rows = pack.series_of == number
         series = app.read_series(folder, SIZE)
@@ -328,9 +329,9 @@ def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
 def test_scores_of_every_arm_are_those_of_the_study(full):
     pack = dataset.load_pack(full / "data", "test", SIZE)
     rows = np.flatnonzero(pack.series_of == 1)
-    noisy = dataset.evaluation_input(pack, rows, "calibrated", [5.0] * len(rows), 7)
+    noisy = LowDose(pack, "calibrated", [5.0] * len(rows)).evaluation(rows, [5.0] * len(rows), 7)
     denoiser, facts = load_denoiser(full / "models/denoiser.pt")
-    denoised = denoise(denoiser, noisy)
+    denoised = denoise(denoiser, noisy, 10.0)
     assert np.abs(denoised - noisy).max() > 1  # else the arms could not be told apart
     names = ("classifier", "classifier_d", "classifier_n")
     files = [full / f"models/{name}.pt" for name in names]
@@ -472,7 +473,7 @@ def test_scan_page_states_the_error_of_the_very_images_of_the_study(full):
     pack = dataset.load_pack(full / "data", "test", SIZE)
     row = SLICES + 3  # second series, fourth slice: where it opens
     dose = at.segmented_control(key="dose-calibrated-[5.0, 10.0]").value
-    noisy = dataset.evaluation_input(pack, [row], "calibrated", [dose], 7)[0]
+    noisy = LowDose(pack, "calibrated", [dose]).evaluation([row], [dose], 7)[0]
     head = pack.masks(anatomy.head_mask)[row]
     assert f"RMSE **{metrics.rmse_hu(noisy, pack.truth[row], head):.2f} HU**" in words(at)
 
@@ -484,7 +485,8 @@ def test_scan_page_at_other_settings_never_fails(full):
     assert "Outlined in this slice: no lesion" in words(at)
     at.segmented_control(key="window").set_value(app.OWN_WINDOW).run()
     at.number_input(key="width").set_value(1).run()
-    at.segmented_control(key="dose-model").set_value("poisson").run()
+    at.selectbox(key="dose-model").set_value("poisson").run()
+    at.selectbox(key="dose-model").set_value("projection").run()
     at.toggle(key="large").set_value(True).run()
     at.toggle(key="outline").set_value(False).run()
     at.selectbox[0].select_index(0).run()

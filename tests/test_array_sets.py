@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,7 +25,8 @@ from array_sets import (
 )
 from dataset import read_metadata, read_slices, window_hu, write_scan
 from phantom import Phantom, generate_phantom
-from volumes import AIR_HU, LABEL_NAMES, Scan, ScanError
+from tests.reading import codes, read_all, read_error, read_one, refused_unless_assumed
+from volumes import AIR_HU, ASSUMED_HU, LABEL_NAMES, ScanError
 
 SIZE = 40
 
@@ -55,34 +55,6 @@ def write_series(folder: Path, volume: np.ndarray, masks: np.ndarray | None = No
         more = {} if masks is None else {"mask": masks[index]}
         write_npz(folder / f"{index:05d}", image, **more)
     return folder
-
-
-def read_all(source: str, folder: Path) -> dict[str, Scan]:
-    """Case -> scan; nothing may be rejected."""
-    jobs, rejected = ARRAY_READERS[source].discover(folder)
-    assert not rejected, rejected
-    assert len({job.series_uid for job in jobs}) == len(jobs)
-    return {job.case: ARRAY_READERS[source].read(pickle.loads(pickle.dumps(job))) for job in jobs}
-
-
-def read_one(source: str, folder: Path) -> Scan:
-    (scan,) = read_all(source, folder).values()
-    return scan
-
-
-def codes(source: str, folder: Path) -> dict[str, str]:
-    """Path below folder -> rejection code."""
-    rejected = ARRAY_READERS[source].discover(folder)[1]
-    return {os.path.relpath(entry.file, folder): entry.code for entry in rejected}
-
-
-def read_error(source: str, folder: Path) -> ScanError:
-    """The error of reading the only job; one printable line, and it survives pickling."""
-    (job,), _ = ARRAY_READERS[source].discover(folder)
-    with pytest.raises(ScanError) as caught:
-        ARRAY_READERS[source].read(job)
-    assert str(caught.value).isprintable() and str(pickle.loads(pickle.dumps(caught.value)))
-    return caught.value
 
 
 # ---------------------------------------------------------------- npz
@@ -215,6 +187,28 @@ def test_read_npz_of_values_that_are_neither_hu_nor_grey_says_why(tmp_path, phan
     write_npz(tmp_path / "a", change(phantom.hu[6]))
     error = read_error("npz", tmp_path)
     assert error.code == code and words in str(error)
+
+
+@pytest.mark.parametrize(("offset", "top"), [(0.5, 3), (1024, 3071)])
+def test_read_npz_with_assumed_hu_takes_values_as_they_are(tmp_path, phantom, offset, top):
+    hu = phantom.hu[6:8].astype(float) * (top / 3071) + offset
+    write_series(tmp_path / "a", hu)
+    scan = refused_unless_assumed("npz", tmp_path, ASSUMED_HU)
+    np.testing.assert_array_equal(scan.hu, np.rint(hu).clip(AIR_HU, 3071))
+
+
+def test_read_npz_with_assumed_hu_takes_grey_levels_as_hu_and_plausible_values_without_a_word(
+    tmp_path, phantom
+):
+    grey = np.rint(window_hu(phantom.hu[6:8].astype(float), 40, 80) * 255)
+    write_series(tmp_path / "grey", grey)
+    write_series(tmp_path / "hu", phantom.hu)
+    notes = {}
+    for job in discover_npz(tmp_path)[0]:
+        scan = ARRAY_READERS["npz"].read(job._replace(assume_hu=True))
+        assert scan.intensity == "hu"
+        notes[job.case] = {ASSUMED_HU in notes for notes in scan.repairs}
+    assert notes == {"grey": {True}, "hu": {False}}
 
 
 def npz_of(header: dict, payload: bytes = b"", version=(1, 0)) -> bytes:
@@ -429,6 +423,14 @@ def test_read_pairs_names_the_partner_that_does_not_fit(tmp_path, phantom, name,
     assert code == "shape" or Path(error.file).stem == name
 
 
+def test_read_pairs_with_assumed_hu_takes_both_doses_as_they_are(tmp_path, phantom):
+    write_pair(tmp_path / "sample_00001", phantom.hu[6], doses=(10,))
+    np.save(tmp_path / "sample_00001" / "LDCT_10_hu.npy", phantom.hu[6].astype(np.float32) + 1024)
+    scan = refused_unless_assumed("pairs", tmp_path, ASSUMED_HU)
+    np.testing.assert_array_equal(scan.hu[0], phantom.hu[6])
+    np.testing.assert_array_equal(scan.low["0.1"][0], (phantom.hu[6] + 1024).clip(AIR_HU, 3071))
+
+
 @pytest.mark.parametrize(
     ("spoil", "code"),
     [
@@ -556,6 +558,12 @@ def test_lodopab_reads_slice_by_slice(tmp_path, square, monkeypatch):
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda data, key: asked.append(key) or plain(data, key))
     read_all("lodopab", tmp_path)
     assert asked == [4, 0, 1, 2, 3, 4]
+
+
+def test_read_lodopab_with_assumed_hu_takes_a_slice_without_air(tmp_path, square):
+    write_lodopab(tmp_path, "ground_truth_test_000.hdf5", lodopab_values(square.hu[2:3].clip(200)))
+    scan = refused_unless_assumed("lodopab", tmp_path, ASSUMED_HU)
+    np.testing.assert_array_equal(scan.hu[0], square.hu[2].clip(200))
 
 
 # ---------------------------------------------------------------- all of them

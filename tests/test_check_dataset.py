@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import check_dataset
+import prepare_dataset
 import stage
-from dataset import all_series, series_folders
+from dataset import all_series, load_pack, series_folders
+from slice_files import read_npz, write_npz
+from volumes import ASSUMED_HU
 
 
 def audit(data, out, *more):
@@ -103,13 +108,68 @@ def test_audit_finds_impossible_geometry_and_noise(split_data, tmp_path, change,
 
 
 def test_audit_finds_values_that_are_not_hu(split_data, tmp_path):
-    import numpy as np
-
     folder = next(iter(all_series(split_data)))
     for path in folder.glob("*/image.npz"):
         np.savez(path, np.load(path)["arr_0"] + np.int16(1024))
     lines = found(split_data, tmp_path, "not HU")["values that are not HU, or odd geometry"]
     assert folder.name in lines[0]
+
+
+def test_audit_leaves_values_alone_that_somebody_vouched_for_and_lists_them(split_data, tmp_path):
+    folder = next(iter(all_series(split_data)))
+    for path in folder.glob("*/image.npz"):
+        write_npz(path, read_npz(path) + np.int16(1024))
+    metadata = stage.read_json(folder / "metadata.json", "")
+    for entry in metadata["slices"]:
+        entry["repairs"] = [ASSUMED_HU]
+    stage.write_json(folder / "metadata.json", metadata)
+    audit(split_data, tmp_path)
+    facts = json.loads((tmp_path / "audit.json").read_text())["facts"]
+    assert facts["repairs"] == {ASSUMED_HU: 6}
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_audit_finds_a_packed_cache_that_has_changed_or_is_cut_off(split_data, tmp_path, compress):
+    for split in ("train", "val", "test"):
+        load_pack(split_data, split, 24, compress)
+    noise = split_data / "cache" / "train-24-noise-x"  # another folder of the cache is none of a pack's
+    noise.mkdir()
+    stage.write_json(noise / "index.json", {"key": "x"})
+    audit(split_data, tmp_path)
+    ending = "slices" if compress else "npy"
+    changed = split_data / "cache" / "train-24" / f"image.{ending}"
+    data = bytearray(changed.read_bytes())
+    data[-5] ^= 8
+    changed.write_bytes(data)
+    cut = split_data / "cache" / "val-24" / f"mask.{ending}"
+    cut.write_bytes(cut.read_bytes()[:-5])
+    lines = found(split_data, tmp_path, "damaged packed caches")["damaged packed caches"]
+    uid = load_pack(split_data, "train", 24).series[-1]["series_uid"]
+    assert len(lines) == 2
+    assert f"train-24: image of series {uid} has changed" in lines[0]
+    assert "val-24: mask is damaged" in lines[1]
+
+
+def test_audit_names_painted_files_that_were_left_out(tmp_path, capsys):
+    grey = np.random.default_rng(0).integers(0, 255, (2, 32, 32), np.uint8)
+    for number, image in enumerate(grey):
+        place = tmp_path / "in" / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(place)
+    red = np.stack([grey[0], grey[0] // 2, grey[0] // 2], axis=-1)
+    Image.fromarray(red).save(tmp_path / "in" / "painted.png")
+    (tmp_path / "in" / "OVERLAY").mkdir()
+    Image.fromarray(red).save(tmp_path / "in" / "OVERLAY" / "0.png")
+    data = tmp_path / "data"
+    prepare_dataset.main(["--source", "png", "--input", tmp_path / "in", "--out", data, "--workers", 1])
+    audit(data, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "audit.json").read_text())["facts"]
+    assert facts["slices"] == 2 and facts["rejected"] == {"painted": 2}
+    assert sorted(facts["painted_files_left_out"]) == [
+        str(tmp_path / "in" / "OVERLAY" / "0.png"),
+        str(tmp_path / "in" / "painted.png"),
+    ]
+    assert "painted files left out: 2, e.g. " in capsys.readouterr().out
 
 
 def test_audit_of_nothing_says_what_to_run(tmp_path):

@@ -6,12 +6,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import anatomy
 import dataset
 import stage
 from dataset import Batches, load_pack
 from phantom import generate_phantom
 from scans import READERS
+from slice_files import write_npz
 from tests.conftest import ROOT
 
 NAN = math.nan
@@ -106,6 +109,15 @@ def test_read_slices_names_the_file_that_is_damaged(scan, tmp_path, damage):
         dataset.read_slices(folder, "image", 3)
 
 
+def test_read_slices_names_the_slice_that_is_unlike_the_others(scan, tmp_path):
+    folder = dataset.write_scan(scan, tmp_path)
+    np.testing.assert_array_equal(dataset.read_slices(folder, "image", 2, 1), scan.hu[1:])
+    for image in (scan.hu[0, 1:], scan.hu[0].astype(np.int32)):
+        write_npz(folder / "00001" / "image.npz", image)
+        with pytest.raises(stage.InputError, match=r"00001/image\.npz: .* its series has \(40, 40\) int16"):
+            dataset.read_slices(folder, "image", 3)
+
+
 def test_read_metadata_of_another_format_is_refused(scan, tmp_path):
     folder = dataset.write_scan(scan, tmp_path)
     metadata = stage.read_json(folder / "metadata.json", "")
@@ -136,6 +148,33 @@ def test_fit_to_square_keeps_the_centre_of_a_disc_and_its_area_in_mm(shape):
     rows, columns = np.nonzero(found[0] > 500)
     assert rows.mean() == pytest.approx((size - 1) / 2, abs=0.6)
     assert columns.mean() == pytest.approx((size - 1) / 2, abs=0.6)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 10), (64, 48), (512, 512)])
+@pytest.mark.parametrize(("low", "high"), [(-1024, 3071), (0, 3), (-4095, 4095), (-32768, 32767)])
+def test_fit_to_square_to_the_half_is_exactly_the_antialiased_filter_of_torch(shape, low, high):
+    """All ties of rounding occur: between 0 and 3 every second sum of 64ths is near one."""
+    volume = np.random.default_rng(0).integers(low, high, (3, *shape), np.int16, endpoint=True)
+    size = max(shape) // 2
+    found = dataset.fit_to_square(volume, (5, 1, 1), size, -1024)
+    half = (shape[0] // 2, shape[1] // 2)
+    expected = F.interpolate(
+        torch.from_numpy(volume).double()[:, None], half, mode="bilinear", antialias=True
+    )[:, 0]
+    top, left = (size - half[0]) // 2, (size - half[1]) // 2
+    inside = found[:, top : top + half[0], left : left + half[1]]
+    np.testing.assert_array_equal(inside[:, 1:-1, 1:-1], expected.round().numpy()[:, 1:-1, 1:-1])
+    assert np.abs(inside - expected.numpy()).max() <= 0.5 + 1e-3  # float32 at the border
+    outside = np.ones(found.shape, bool)
+    outside[:, top : top + half[0], left : left + half[1]] = False
+    assert (found[outside] == -1024).all()
+
+
+def test_fit_to_square_to_the_half_equals_the_general_way_bit_by_bit_at_the_border_too():
+    volume = np.random.default_rng(1).integers(-1024, 3071, (9, 32, 32)).astype(np.int16)
+    beyond = volume.astype(np.int32)  # the general way: only int16 is halved
+    found = [dataset.fit_to_square(array, (5, 1, 1), 16, -1024) for array in (volume, beyond)]
+    np.testing.assert_array_equal(*found)
 
 
 def test_fit_to_square_of_a_mask_invents_no_class():
@@ -170,6 +209,94 @@ def test_pack_is_built_once_and_again_when_the_data_change(split_data):
     shutil.rmtree(dataset.series_folders(split_data, "val")[0])
     assert len(load_pack(split_data, "val", 24).series) == 1
     assert image.stat().st_mtime_ns != first
+
+
+def assert_same_pack(one, two):
+    for kind in ("image", "truth", "mask"):
+        np.testing.assert_array_equal(np.asarray(getattr(one, kind)), np.asarray(getattr(two, kind)))
+    np.testing.assert_array_equal(one.series_of, two.series_of)
+    np.testing.assert_array_equal(one.pixel_mm, two.pixel_mm)
+    assert (one.labels, one.series, one.checksums) == (two.labels, two.series, two.checksums)
+
+
+def test_pack_compressed_has_the_values_of_the_raw_one_in_fewer_bytes(split_data):
+    raw = load_pack(split_data, "train", 48)
+    values = {kind: np.array(slices) for kind, slices in raw.slices.items()}
+    compressed = load_pack(split_data, "train", 48, compress=True)
+    assert (raw.compressed, compressed.compressed) == (False, True)
+    for kind, expected in values.items():
+        np.testing.assert_array_equal(np.asarray(compressed.slices[kind]), expected)
+    assert (compressed.labels, compressed.checksums) == (raw.labels, raw.checksums)
+    files = list((split_data / "cache" / "train-48").iterdir())
+    assert sum(file.stat().st_size for file in files) < 0.6 * sum(array.nbytes for array in values.values())
+    head = anatomy.MASKS["head"]
+    np.testing.assert_array_equal(
+        compressed.masks(head), load_pack(split_data, "train", 48, False).masks(head)
+    )
+
+
+def test_pack_keeps_its_form_when_it_is_loaded_or_rebuilt(split_data):
+    for compress in (True, False):
+        load_pack(split_data, "val", 24, compress)
+        index = split_data / "cache" / "val-24" / "index.json"
+        before = index.stat().st_mtime_ns
+        assert load_pack(split_data, "val", 24).compressed is compress
+        assert load_pack(split_data, "val", 24, compress).compressed is compress
+        assert index.stat().st_mtime_ns == before
+        path = dataset.series_folders(split_data, "val")[0] / "metadata.json"
+        metadata = stage.read_json(path, "")
+        metadata["slices"][2]["labels"]["any"] = int(compress)
+        stage.write_json(path, metadata)
+        pack = load_pack(split_data, "val", 24)
+        assert pack.compressed is compress and pack.labels[2]["any"] == int(compress)
+        assert index.stat().st_mtime_ns != before
+
+
+def test_pack_of_another_format_is_rebuilt(split_data):
+    first = load_pack(split_data, "val", 24)
+    index = split_data / "cache" / "val-24" / "index.json"
+    content = stage.read_json(index, "")
+    stage.write_json(index, {"key": "old", "size": 24, "has_truth": True, "series": content["series"]})
+    assert_same_pack(load_pack(split_data, "val", 24), first)
+    stage.write_json(index, content | {"format": 1})
+    with pytest.raises(stage.InputError, match=r"another version \(delete the folder"):
+        dataset.Pack(index.parent)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_pack_finds_the_series_whose_values_have_changed(split_data, compress):
+    pack = load_pack(split_data, "train", 24, compress)
+    assert pack.damaged() == []
+    file = split_data / "cache" / "train-24" / ("truth.slices" if compress else "truth.npy")
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1  # of the last slice
+    file.write_bytes(data)
+    assert dataset.Pack(file.parent).damaged() == [f"truth of series {pack.series[-1]['series_uid']}"]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_pack_that_is_cut_off_says_what_to_delete(split_data, compress):
+    load_pack(split_data, "train", 24, compress)
+    file = split_data / "cache" / "train-24" / ("image.slices" if compress else "image.npy")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(stage.InputError, match="train-24: image is damaged, .*delete the folder"):
+        load_pack(split_data, "train", 24)
+
+
+def test_pack_build_that_fails_leaves_the_old_pack(split_data, monkeypatch):
+    old = load_pack(split_data, "val", 24, compress=True)
+    monkeypatch.setattr(dataset, "fit_to_square", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_pack(split_data, "val", 24, compress=False)
+    assert_same_pack(load_pack(split_data, "val", 24), old)
+
+
+def test_pack_checks_the_disk_before_it_is_built(split_data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stage, "require_space", lambda _, needed: asked.append(needed))
+    count = len(load_pack(split_data, "val", 24))
+    load_pack(split_data, "val", 24, compress=True)
+    assert asked[0] == count * 24 * 24 * 5 and asked[1] < asked[0] / 2
 
 
 def test_pack_follows_a_change_of_labels(split_data):
@@ -218,32 +345,6 @@ def test_native_size_is_shared_or_256(split_data):
     path = dataset.series_folders(split_data, "train")[0] / "metadata.json"
     stage.write_json(path, stage.read_json(path, "") | {"shape": [6, 50, 48]})
     assert dataset.native_size(split_data) == 256
-
-
-# ---------------------------------------------------------------- noise
-
-
-def test_evaluation_noise_depends_on_the_slice_alone_and_not_on_its_batch(split_data):
-    pack = load_pack(split_data, "val", 48)
-    together = dataset.evaluation_input(pack, range(len(pack)), "calibrated", [5.0] * len(pack), 42)
-    alone = dataset.evaluation_input(pack, [7], "calibrated", [5.0], 42)
-    np.testing.assert_array_equal(alone[0], together[7])
-    noise = together - pack.image
-    assert np.abs(np.corrcoef(noise[6].ravel(), noise[7].ravel())[0, 1]) < 0.1
-    other = dataset.evaluation_input(pack, [7], "calibrated", [5.0], 43)
-    assert not np.array_equal(other, alone)
-
-
-def test_evaluation_at_the_routine_dose_is_the_image(split_data):
-    pack = load_pack(split_data, "val", 48)
-    found = dataset.evaluation_input(pack, [0, 3], "calibrated", [40.0, 40.0], 42)
-    np.testing.assert_array_equal(found, pack.image[[0, 3]])
-
-
-def test_check_doses_gives_all_of_the_model_or_refuses(split_data):
-    assert dataset.check_doses("calibrated", None) == [1, 5, 10, 20, 40]
-    with pytest.raises(ValueError, match="dose 50"):
-        dataset.check_doses("calibrated", [5, 50])
 
 
 # ---------------------------------------------------------------- batches
@@ -298,6 +399,28 @@ def test_batches_give_each_row_its_own_image_mask_and_target(pack):
     np.testing.assert_array_equal(batch.hu[:, 0].numpy(), pack.image[batch.rows])
     np.testing.assert_array_equal(batch.mask[:, 0].numpy(), pack.mask[batch.rows])
     np.testing.assert_array_equal(batch.targets[:, 0].numpy(), batch.rows)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_batches_drawn_from_the_device_are_those_drawn_from_the_disk(split_data, compress):
+    pack = load_pack(split_data, "train", 48, compress=compress)
+    make = {"batch_size": 5, "seed": 0, "device": torch.device("cpu"), "rows": np.arange(3, 40)}
+    disk, resident = Batches(pack, **make), Batches(pack, resident=True, **make)
+    assert isinstance(resident.image, torch.Tensor)
+    assert resident.image.dtype == torch.int16
+    for one, two in zip(disk.epoch(2), resident.epoch(2), strict=True):
+        np.testing.assert_array_equal(one.rows, two.rows)
+        assert torch.equal(one.hu, two.hu)
+        assert torch.equal(one.mask, two.mask)
+        assert two.hu.dtype == torch.float32
+
+
+def test_batches_move_to_a_gpu_what_fits_into_half_of_its_free_memory(pack, monkeypatch):
+    needed = pack.image.nbytes + pack.mask.nbytes
+    for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10 * free))
+        assert dataset._fits(torch.device("cuda"), pack.image, pack.mask, None) is fits
+    assert not dataset._fits(torch.device("cpu"), pack.image)
 
 
 # ---------------------------------------------------------------- augmentation

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import shutil
-import stat
 import struct
-import zipfile
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -27,11 +23,13 @@ from pydicom.uid import (
     RLELossless,
 )
 
+import dicom_headers
 import dicom_series
 import prepare_dataset
-from dicom_series import discover_dicom, read_dicom, read_headers
-from scans import PHANTOM_NOISE_HU, READERS, discover_phantom, read_scan
-from volumes import AIR_HU, EXPECTED_CODES, LABEL_NAMES, Job, Scan, ScanError, stack_geometry, write_nifti
+from dataset import all_series, read_metadata
+from dicom_series import discover_dicom, read_dicom
+from stage import StageError
+from volumes import AIR_HU, ASSUMED_HU, EXPECTED_CODES, MAX_HU, Scan, ScanError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZE = 40
@@ -63,7 +61,7 @@ def write_slice(path: Path, hu: np.ndarray, position=(0.0, 0.0, 0.0), *, drop=()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = syntax = tags.pop("syntax", ExplicitVRLittleEndian)
     values = {
-        "SOPClassUID": dicom_series.CT_IMAGE,
+        "SOPClassUID": dicom_headers.CT_IMAGE,
         "SOPInstanceUID": pydicom.uid.generate_uid(),
         "Modality": "CT",
         "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
@@ -181,16 +179,6 @@ def test_gantry_tilt_is_the_signed_angle_of_the_geometry(tmp_path, tilt_deg):
     assert read_one(tmp_path).gantry_tilt_deg == pytest.approx(tilt_deg, abs=0.01)
 
 
-def test_gantry_tilt_of_an_oblique_stack_without_shear_is_zero():
-    normal = np.cross(TILTED[:3], TILTED[3:])
-    corners = np.arange(4)[:, None] * 3.0 * normal
-    stack = stack_geometry(corners, TILTED, (0.5, 0.5), 5.0)
-    assert stack.gantry_tilt_deg == 0
-    assert stack_geometry(corners[:1], TILTED, (0.5, 0.5), 5.0).gantry_tilt_deg == pytest.approx(
-        18.5, abs=0.01
-    )
-
-
 def test_read_dicom_of_one_slice_takes_its_thickness_or_says_that_it_assumes_one(tmp_path):
     write_slice(tmp_path / "thick" / "a", head_hu(), SliceThickness=7.5)
     write_slice(tmp_path / "bare" / "a", head_hu())
@@ -238,60 +226,6 @@ def test_discover_dicom_leaves_out_a_slice_without_position_among_others(tmp_pat
 # ---------------------------------------------------------------- which files make a series
 
 
-def test_discover_dicom_tells_patients_studies_and_series_in_one_folder_apart(tmp_path):
-    kinds = [("p1", "1.1", "1.1.1"), ("p1", "1.1", "1.1.2"), ("p1", "1.2", "1.2.1"), ("p2", "1.1", "1.1.1")]
-    for k, (patient, study, series) in enumerate(kinds):
-        for i in range(2):
-            tags = {"PatientID": patient, "StudyInstanceUID": study, "SeriesInstanceUID": series}
-            write_slice(tmp_path / f"{i}{k}", head_hu(i), (0, 0, 5 * i), **tags)
-    jobs, rejected = discover_dicom(tmp_path)
-    found = [read_dicom(job) for job in jobs]
-    assert not rejected and [len(scan.hu) for scan in found] == [2, 2, 2, 2]
-    assert len({scan.series_uid for scan in found}) == 4
-    assert len({scan.study_uid for scan in found}) == 3  # p2's study is another one in spite of its uid
-    assert len({scan.patient_id for scan in found}) == 2
-    assert len({job.case for job in jobs}) == 4
-
-
-def test_discover_dicom_names_every_series_before_reading_and_always_the_same(tmp_path):
-    write_series(tmp_path / "a", along_z(0, 5))
-    job = discover_dicom(tmp_path)[0][0]
-    assert job.case == "a"
-    assert read_dicom(pickle.loads(pickle.dumps(job))).series_uid == job.series_uid
-    shutil.move(tmp_path / "a", tmp_path / "b")
-    assert discover_dicom(tmp_path)[0][0].series_uid == job.series_uid
-
-
-def test_discover_dicom_splits_a_series_of_mixed_shapes_and_orientations(tmp_path):
-    write_series(tmp_path / "a", along_z(0, 5, 10))
-    write_series(tmp_path / "b", along_z(0, 5), ImageOrientationPatient=list(TILTED))
-    write_slice(tmp_path / "c", head_hu()[:, :-2], (0, 0, 50))
-    jobs, _ = discover_dicom(tmp_path)
-    assert sorted(len(read_dicom(job).hu) for job in jobs) == [1, 2, 3]
-    assert len({job.series_uid for job in jobs}) == 3
-
-
-def test_discover_dicom_splits_acquisitions_only_where_they_cover_the_same_positions(tmp_path):
-    for i in range(4):  # numbered slice by slice, as GE does
-        write_slice(tmp_path / "ge" / str(i), head_hu(i), (0, 0, 5 * i), AcquisitionNumber=i)
-        for phase in (1, 2):  # two phases over the same range
-            write_slice(
-                tmp_path / "two" / f"{phase}{i}", head_hu(i + phase), (0, 0, 5 * i), AcquisitionNumber=phase
-            )
-    assert len(read_one(tmp_path / "ge").hu) == 4
-    assert [len(read_dicom(job).hu) for job in discover_dicom(tmp_path / "two")[0]] == [4, 4]
-
-
-def test_discover_dicom_splits_two_kernels_of_one_series(tmp_path):
-    for i in range(3):
-        for kernel in ("STANDARD", "BONE"):
-            hu = head_hu(i + (kernel == "BONE"))
-            write_slice(tmp_path / f"{i}{kernel}", hu, (0, 0, 5 * i), ConvolutionKernel=kernel)
-    jobs, rejected = discover_dicom(tmp_path)
-    assert not rejected and len({job.series_uid for job in jobs}) == 2
-    assert sorted(int(read_dicom(job).hu[0, 20, 18]) for job in jobs) == [100, 101]
-
-
 def test_read_dicom_drops_identical_duplicates_and_notes_them(tmp_path):
     write_series(tmp_path, along_z(0, 5, 10))
     shutil.copy(tmp_path / "001.dcm", tmp_path / "copy.dcm")
@@ -307,71 +241,6 @@ def test_read_dicom_refuses_different_slices_at_one_position(tmp_path):
     assert caught.value.code == "conflict"
 
 
-def test_discover_dicom_names_what_it_skips(tmp_path):
-    write_series(tmp_path, along_z(0, 5))
-    hu = head_hu()
-    write_slice(tmp_path / "scout", hu, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    write_slice(tmp_path / "capture", hu, SOPClassUID=dicom_series.SECONDARY_CAPTURE)
-    write_slice(tmp_path / "dose", hu, ImageType=["DERIVED", "SECONDARY", "DOSE_INFO"])
-    write_slice(tmp_path / "mr", hu, Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
-    write_slice(tmp_path / "enhanced", hu, SOPClassUID=dicom_series.ENHANCED_CT[0], NumberOfFrames=2)
-    write_slice(tmp_path / "coronal", hu, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
-    write_slice(tmp_path / "slope", hu, drop=("RescaleSlope",))
-    write_slice(tmp_path / "spacing", hu, drop=("PixelSpacing",))
-    write_slice(tmp_path / "huge", hu, Rows=65535, Columns=65535)
-    write_slice(tmp_path / "zero", hu, stored=hu + 1024, RescaleSlope=0)
-    write_slice(tmp_path / "skew", hu, ImageOrientationPatient=[1, 0, 0, 1, 1, 0])
-    write_slice(tmp_path / "colour", hu, SamplesPerPixel=3, PhotometricInterpretation="RGB")
-    (tmp_path / "text.dcm").write_text("PatientName: nobody")
-    (tmp_path / "empty.dcm").write_bytes(b"")
-    (tmp_path / "notes.txt").write_text("hello")
-    for junk in (".DS_Store", "Thumbs.db", "._000.dcm"):
-        (tmp_path / junk).write_bytes(b"\0")
-    assert codes(tmp_path) == {
-        "scout": "localizer",
-        "capture": "secondary_capture",
-        "dose": "secondary_capture",
-        "mr": "not_ct",
-        "enhanced": "multi_frame",
-        "coronal": "not_axial",
-        "slope": "no_rescale",
-        "spacing": "no_geometry",
-        "huge": "damaged",
-        "zero": "damaged",
-        "skew": "no_geometry",
-        "colour": "colour",
-        "text.dcm": "not_dicom",
-        "empty.dcm": "not_dicom",
-        "notes.txt": "other_file",
-    }
-    assert not {"no_rescale", "damaged", "not_dicom", "multi_frame", "truncated"} & EXPECTED_CODES
-    assert len(read_one(tmp_path).hu) == 2
-
-
-def test_discover_dicom_of_an_empty_or_missing_folder_says_so(tmp_path):
-    jobs, rejected = discover_dicom(tmp_path)
-    assert not jobs and [r.code for r in rejected] == ["no_ct"] and "0 files seen" in rejected[0].reason
-    with pytest.raises(ScanError, match="no such file or folder"):
-        discover_dicom(tmp_path / "nowhere")
-
-
-def test_discover_dicom_of_a_single_file_finds_its_slice(tmp_path):
-    file = write_slice(tmp_path / "case" / "only", head_hu())
-    jobs, rejected = discover_dicom(file)
-    assert not rejected and jobs[0].case == "only" and len(read_dicom(jobs[0]).hu) == 1
-
-
-@pytest.mark.filterwarnings("error")
-def test_discover_dicom_follows_no_links_and_opens_no_pipes(tmp_path):
-    write_series(tmp_path / "in", along_z(0, 5))
-    write_slice(tmp_path / "outside.dcm", head_hu(3), (0, 0, 10))
-    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in", target_is_directory=True)
-    (tmp_path / "in" / "link.dcm").symlink_to(tmp_path / "outside.dcm")
-    os.mkfifo(tmp_path / "in" / "pipe")
-    assert codes(tmp_path / "in") == {"loop": "not_regular", "link.dcm": "not_regular", "pipe": "not_regular"}
-    assert len(read_one(tmp_path / "in").hu) == 2
-
-
 @pytest.mark.filterwarnings("error")
 def test_hostile_ids_and_names_never_become_paths_or_lines(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xff line\nbreak $(x) -\xc3\xa9")
@@ -385,20 +254,13 @@ def test_hostile_ids_and_names_never_become_paths_or_lines(tmp_path):
         assert text.isprintable() and text.encode("utf-8")
 
 
-def test_blank_ids_fall_back_to_the_study_and_then_the_folder(tmp_path):
-    for place in ("a", "b"):
-        write_series(tmp_path / place, along_z(0, 5), PatientID="", StudyInstanceUID="", SeriesInstanceUID="")
-    found = [read_dicom(job) for job in discover_dicom(tmp_path)[0]]
-    assert len({scan.patient_id for scan in found}) == len({scan.series_uid for scan in found}) == 2
-
-
 def test_no_identifier_leaves_the_reader(tmp_path):
     write_series(tmp_path, along_z(0, 5), PatientID="CANARY-ID")
     jobs, _ = discover_dicom(tmp_path)
     everything = repr(read_dicom(jobs[0])) + repr(jobs[0]._replace(inputs=()))
     for secret in (NAME, "Canary", "CANARY", "19700101"):
         assert secret not in everything
-    assert not {"PatientName", "PatientBirthDate", "AccessionNumber"} & set(dicom_series.PIXEL_TAGS)
+    assert not {"PatientName", "PatientBirthDate", "AccessionNumber"} & set(dicom_headers.PIXEL_TAGS)
 
 
 # ---------------------------------------------------------------- values
@@ -507,9 +369,41 @@ def test_read_dicom_refuses_values_that_are_not_hu(tmp_path, offset):
     write_series(tmp_path, along_z(0, 5), stored=head_hu() + offset, **tags)
     with pytest.raises(ScanError, match=r"000\.dcm: its values are not HU: no .* RescaleIntercept is 0"):
         read_one(tmp_path)
+    (job,), _ = discover_dicom(tmp_path)
+    scan = read_dicom(job._replace(assume_hu=True))
+    expected = head_hu() + offset
+    np.testing.assert_array_equal(
+        scan.hu[0], np.where(expected <= -1500, AIR_HU, expected).clip(AIR_HU, MAX_HU)
+    )
+    assert all(ASSUMED_HU in notes for notes in scan.repairs)
 
 
-# ---------------------------------------------------------------- encodings and headers
+def test_read_dicom_of_hu_with_assumed_hu_says_nothing(tmp_path):
+    (job,), _ = discover_dicom(write_series(tmp_path, along_z(0, 5)))
+    assert read_dicom(job._replace(assume_hu=True)).repairs == read_dicom(job).repairs == [[], []]
+
+
+def test_prepare_with_assumed_hu_records_it_in_metadata_and_summary(tmp_path, capsys):
+    tags = {"PixelRepresentation": 1, "BitsStored": 16, "HighBit": 15, "RescaleIntercept": 0}
+    for name in "ab":  # two workers
+        ids = {"SeriesInstanceUID": f"1.{name}"}
+        write_series(tmp_path / "in" / name, along_z(0, 5), stored=head_hu() + 1024, **tags, **ids)
+    prepare = ["--source", "dicom", "--input", tmp_path / "in", "--out", tmp_path / "out"]
+    with pytest.raises(StageError, match="2 broken cases"):
+        prepare_dataset.main(prepare)
+    prepare_dataset.main([*prepare, "--assume-hu"])
+    assert f"repaired or assumed in 4 slices: {ASSUMED_HU}" in capsys.readouterr().out
+    series = [read_metadata(folder) for folder in all_series(tmp_path / "out")]
+    assert len(series) == 2
+    assert all(entry["repairs"] == [ASSUMED_HU] for metadata in series for entry in metadata["slices"])
+
+
+def test_assumed_hu_of_phantoms_is_refused_as_having_no_effect(tmp_path):
+    with pytest.raises(StageError, match="--assume-hu: --source phantom is in HU"):
+        prepare_dataset.main(["--source", "phantom", "--assume-hu", "--out", tmp_path])
+
+
+# ---------------------------------------------------------------- encodings
 
 
 @pytest.mark.parametrize(
@@ -559,182 +453,6 @@ def test_read_dicom_in_any_patient_position_keeps_every_voxel_in_place(tmp_path,
     np.testing.assert_allclose((scan.affine @ (7, 11, 2, 1))[:3], expected, atol=0.01)
 
 
-def through_pydicom(path: Path, monkeypatch) -> object:
-    with monkeypatch.context() as patch:
-        patch.setattr(dicom_series, "_plain_tags", lambda _: None)
-        return next(read_headers([str(path)]))[1]
-
-
-def same(a, b) -> bool:
-    return str(a) == str(b) if isinstance(a, ScanError) else a == b
-
-
-def test_headers_read_fast_equal_those_read_by_pydicom(tmp_path, monkeypatch):
-    odd = {
-        "plain": {},
-        "implicit": {"syntax": ImplicitVRLittleEndian},
-        "padding": {"PixelPaddingValue": -2000, "PixelRepresentation": 1, "RescaleIntercept": 0},
-        "spaces": {"PatientID": " a\\b ", "AcquisitionNumber": "3", "SliceLocation": "-2.50 "},
-        "empty": {"PatientID": "", "InstanceNumber": None, "SliceThickness": ""},
-        "accent": {"SpecificCharacterSet": "ISO_IR 100", "PatientID": "J\xe9r\xf4me"},
-        "long": {"PatientComments": "x" * 9000, "RescaleIntercept": -1024.25},
-        "report": {"Modality": "SR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"},
-    }
-    for name, tags in odd.items():
-        file = write_slice(tmp_path / name, head_hu(), (1.5, 2, 3), **tags)
-        fast = next(read_headers([str(file)]))[1]
-        assert same(fast, through_pydicom(file, monkeypatch)), name
-        is_plain = dicom_series._plain_tags(file.read_bytes()[: dicom_series.HEAD_BYTES]) is not None
-        assert is_plain == (name not in ("accent", "long")), name
-
-
-def test_real_headers_read_fast_equal_those_read_by_pydicom(monkeypatch):
-    folders = ("head_ge_tilted", "head_toshiba_encodings", "skull_phantom_philips", "pydicom_files")
-    files = [path for name in folders for path in real(name).rglob("*") if path.is_file()]
-    assert len(files) > 80
-    for file in files:
-        fast = next(read_headers([str(file)]))[1]
-        assert same(fast, through_pydicom(file, monkeypatch)), file
-
-
-def test_read_headers_by_several_processes_keeps_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom_series, "HEADERS_AT_A_TIME", 2)
-    write_series(tmp_path, along_z(*range(13)))
-    (tmp_path / "002.dcm").write_text("no")
-    paths = sorted(str(path) for path in tmp_path.iterdir())
-    one, two = list(read_headers(paths)), list(read_headers(paths, workers=2))
-    assert [path for path, _ in two] == paths
-    assert all(same(a[1], b[1]) for a, b in zip(one, two, strict=True))
-    assert discover_dicom(tmp_path, workers=2) == discover_dicom(tmp_path)
-
-
-def test_discover_dicom_with_a_limit_gives_whole_series(tmp_path):
-    for name in "abc":
-        write_series(tmp_path / name, along_z(0, 5), SeriesInstanceUID=f"1.2.{ord(name)}")
-    jobs, _ = discover_dicom(tmp_path)
-    assert discover_dicom(tmp_path, limit=2)[0] == jobs[:2] and len(jobs[1].inputs) == 2
-
-
-def test_headers_of_one_series_share_what_is_equal(tmp_path):
-    """The headers of 750,000 slices must fit in memory together."""
-    write_series(tmp_path, along_z(0, 5, 10))
-    (headers,) = dicom_series.index_series(tmp_path, dicom_series.walk(tmp_path)).series.values()
-    shared = {
-        name
-        for name in headers[0]._fields
-        if all(getattr(header, name) is getattr(headers[0], name) for header in headers)
-    }
-    assert set(headers[0]._fields) - shared == {"path", "corner"}
-
-
-# ---------------------------------------------------------------- archives and special files
-
-
-def zip_of(folder: Path, target: Path, **more: bytes) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            archive.write(file, f"study/{file.relative_to(folder)}")
-        for name, data in more.items():
-            archive.writestr(name, data)
-    return target
-
-
-@pytest.mark.parametrize("as_root", [True, False])
-def test_zip_of_a_study_is_read_without_unpacking(tmp_path, as_root):
-    write_series(tmp_path / "raw" / "a", along_z(0, 5, 10))
-    archive = zip_of(
-        tmp_path / "raw", tmp_path / "in" / "Study \u0130 One.ZIP", **{"study/readme.txt": b"hello"}
-    )
-    shutil.rmtree(tmp_path / "raw")
-    jobs, rejected = discover_dicom(archive if as_root else archive.parent)
-    assert [r.code for r in rejected] == ["other_file"] and rejected[0].file.endswith("//study/readme.txt")
-    scan = read_dicom(pickle.loads(pickle.dumps(jobs[0])))
-    np.testing.assert_array_equal(scan.hu, [head_hu(0), head_hu(1), head_hu(2)])
-    assert jobs[0].case == "Study \u0130 One.ZIP/study/a" and not any(scan.repairs)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
-
-
-def test_zip_members_that_are_odd_are_named_and_the_others_read(tmp_path, monkeypatch):
-    write_series(tmp_path / "raw", along_z(0, 5))
-    inner = zip_of(tmp_path / "raw", tmp_path / "inner.zip").read_bytes()
-    more = {"inner.zip": inner, "__MACOSX/._000.dcm": b"x", "study/Thumbs.db": b"x", "big.dcm": bytes(99_000)}
-    archive = zip_of(tmp_path / "raw", tmp_path / "in" / "x.zip", **more)
-    with zipfile.ZipFile(archive, "a") as file:
-        link = zipfile.ZipInfo("link.dcm")
-        link.external_attr = (stat.S_IFLNK | 0o777) << 16
-        file.writestr(link, "/etc/passwd")
-    monkeypatch.setattr(dicom_series, "MAX_INFLATED_BYTES", 50_000)
-    assert codes(archive) == {
-        "inner.zip": "nested_archive",
-        "link.dcm": "not_regular",
-        "big.dcm": "too_large",
-    }
-    assert len(read_one(archive).hu) == 2
-
-
-def test_zip_whose_members_are_encrypted_is_refused_by_name(tmp_path):
-    write_series(tmp_path / "raw", along_z(0, 5))
-    archive = zip_of(tmp_path / "raw", tmp_path / "in" / "x.zip")
-    data = bytearray(archive.read_bytes())
-    for mark, place in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
-        at = data.find(mark)
-        while at >= 0:
-            data[at + place] |= 1
-            at = data.find(mark, at + 4)
-    archive.write_bytes(data)
-    assert set(codes(archive.parent).values()) == {"encrypted", "no_ct"}
-
-
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ({"../evil.dcm": b"x"}, "lead out of it"),
-        ({"/etc/evil.dcm": b"x"}, "lead out of it"),
-        ({"bomb.dcm": bytes(30_000_000)}, "times its size"),
-        (None, "not a zip archive"),
-    ],
-)
-def test_zip_that_cannot_be_trusted_is_refused_as_a_whole(tmp_path, more, reason):
-    write_series(tmp_path / "raw", along_z(0, 5))
-    archive = zip_of(tmp_path / "raw", tmp_path / "in" / "x.zip", **(more or {}))
-    if more is None:
-        archive.write_bytes(archive.read_bytes()[:-30])
-    jobs, rejected = discover_dicom(archive.parent)
-    assert not jobs and [r.code for r in rejected] == ["archive", "no_ct"] and reason in rejected[0].reason
-    assert not (tmp_path / "evil.dcm").exists()
-
-
-def test_zip_with_two_members_of_one_name_or_too_many_is_refused(tmp_path, monkeypatch):
-    write_series(tmp_path / "raw", along_z(0, 5))
-    archive = zip_of(tmp_path / "raw", tmp_path / "in" / "x.zip")
-    with pytest.warns(UserWarning), zipfile.ZipFile(archive, "a") as file:
-        file.writestr("study/000.dcm", b"another")
-    assert "two members of one name" in discover_dicom(archive)[1][0].reason
-    monkeypatch.setattr(dicom_series, "MAX_MEMBERS", 2)
-    assert "3 members" in discover_dicom(archive)[1][0].reason
-
-
-def test_zip_member_with_a_flipped_bit_is_refused_by_name(tmp_path):
-    write_slice(tmp_path / "raw" / "a.dcm", head_hu())
-    archive = tmp_path / "in" / "x.zip"
-    archive.parent.mkdir()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
-        file.write(tmp_path / "raw" / "a.dcm", "a.dcm")
-    data = bytearray(archive.read_bytes())
-    data[2500] ^= 1  # in the pixels
-    archive.write_bytes(data)
-    assert codes(archive)["a.dcm"] == "damaged"
-    assert discover_dicom(archive)[1][0].reason == "damaged DICOM file (BadZipFile) (copy or export it again)"
-
-
-def test_dicomdir_written_by_its_class_is_named_and_its_files_are_found_without_it(tmp_path):
-    write_series(tmp_path / "IMAGES", along_z(0, 5))
-    directory = write_slice(tmp_path / "DICOMDIR", head_hu(), SOPClassUID=dicom_series.MEDIA_DIRECTORY)
-    assert codes(tmp_path) == {directory.name: "dicomdir"} and "dicomdir" in EXPECTED_CODES
-    assert len(read_one(tmp_path).hu) == 2
-
-
 # ---------------------------------------------------------------- secrets
 
 TEXT_VRS = ("PN", "LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE")
@@ -746,7 +464,7 @@ def plant_canaries(path: Path) -> int:
     dataset = pydicom.dcmread(path)
     count = 0
     for tag, (vr, _, _, _, keyword) in DicomDictionary.items():
-        if keyword in dicom_series.HEADER_TAGS or tag >> 16 in (0, 2) or not keyword:
+        if keyword in dicom_headers.HEADER_TAGS or tag >> 16 in (0, 2) or not keyword:
             continue
         if vr in TEXT_VRS:
             dataset.add_new(tag, vr, f"CANARY{tag:08X}")
@@ -874,7 +592,7 @@ def deflate(path: Path, body: bytes) -> None:
     import zlib
 
     source = pydicom.dcmread(path)
-    source.file_meta.TransferSyntaxUID = dicom_series.DEFLATED
+    source.file_meta.TransferSyntaxUID = dicom_headers.DEFLATED
     source.save_as(path)
     meta = path.read_bytes()[: 144 + source.file_meta.FileMetaInformationGroupLength]
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -884,10 +602,10 @@ def deflate(path: Path, body: bytes) -> None:
 def test_deflated_files_are_read_but_not_without_bound(tmp_path):
     file = write_slice(tmp_path / "a" / "x.dcm", head_hu())
     dataset = pydicom.dcmread(file)
-    dataset.file_meta.TransferSyntaxUID = dicom_series.DEFLATED
+    dataset.file_meta.TransferSyntaxUID = dicom_headers.DEFLATED
     dataset.save_as(file)
     np.testing.assert_array_equal(read_one(file.parent).hu[0], head_hu())
-    deflate(file, bytes(dicom_series.MAX_INFLATED_BYTES + 10_000))
+    deflate(file, bytes(dicom_headers.MAX_INFLATED_BYTES + 10_000))
     assert file.stat().st_size < 200_000
     assert codes(file.parent)["x.dcm"] == "too_large"
 
@@ -904,128 +622,6 @@ def test_read_dicom_without_a_decoder_names_the_package(tmp_path, monkeypatch):
         ScanError, match=r"JPEG 2000 .* needs a decoder \(pip install pylibjpeg pylibjpeg-openjpeg\)"
     ):
         read_one(tmp_path)
-
-
-def test_scan_error_survives_pickling():
-    error = pickle.loads(pickle.dumps(ScanError("a/b", "is wrong", "mend it", "code")))
-    assert str(error) == "a/b: is wrong (mend it)" and error.code == "code"
-
-
-# ---------------------------------------------------------------- NIfTI out
-
-
-def lps_point(image: nib.Nifti1Image, column: float, row: float, index: float) -> np.ndarray:
-    x, y, z, _ = image.affine @ (column, row, index, 1)
-    return np.array([-x, -y, z])
-
-
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_write_nifti_keeps_values_and_places_every_voxel(tmp_path, suffix):
-    volume = np.arange(3 * 5 * 7).reshape(3, 5, 7).astype(np.int16)
-    affine = np.array([[0.5, 0, 0, -10], [0, 0.57, 0.3, -20], [0, -0.19, 4, 30], [0, 0, 0, 1.0]])
-    path = tmp_path / "deep" / f"scan{suffix}"
-    assert write_nifti(path, volume, affine, [0.0, 4.0, 8.0]) is False
-    image = nib.load(path)
-    data = np.asarray(image.dataobj)
-    assert data.shape == (7, 5, 3) and data.dtype == np.int16
-    for s, r, c in ((0, 0, 0), (2, 4, 6), (1, 2, 3)):
-        assert data[c, r, s] == volume[s, r, c]
-        np.testing.assert_allclose(lps_point(image, c, r, s), (affine @ (c, r, s, 1))[:3], atol=1e-4)
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.name]
-
-
-def test_write_nifti_of_the_same_volume_gives_the_same_bytes(tmp_path):
-    volume = np.random.default_rng(0).integers(-1000, 1000, (2, 8, 8)).astype(np.int16)
-    for name in ("a.nii.gz", "b.nii.gz"):
-        write_nifti(tmp_path / name, volume, np.eye(4))
-    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
-
-
-def test_write_nifti_with_uneven_gaps_resamples_along_the_shear(tmp_path):
-    """A field that is linear in space is reproduced exactly by linear interpolation, tilt and all."""
-    positions = np.array([0.0, 4.0, 8.0, 9.0, 16.0, 23.0])
-    affine = np.array([[0.5, 0, 0, -10], [0, 0.57, 1.3, -20], [0, -0.19, 4.2, 30], [0, 0, 0, 1.0]])
-    step = float(np.median(np.diff(positions)))
-    gradient = np.array([1.0, -2.0, 3.0])
-    s, r, c = np.meshgrid(positions / step, np.arange(6), np.arange(5), indexing="ij")
-    voxels = np.stack([c, r, s, np.ones_like(c)], axis=-1)
-    volume = ((voxels @ affine.T)[..., :3] @ gradient).astype(np.float32)
-    path = tmp_path / "tilted.nii.gz"
-    assert write_nifti(path, volume, affine, positions) is True
-    image = nib.load(path)
-    data = np.asarray(image.dataobj)
-    for index in np.ndindex(*data.shape):
-        assert data[index] == pytest.approx(lps_point(image, *index) @ gradient, abs=1e-2)
-    last = (affine @ (0, 0, positions[-1] / step, 1))[:3]
-    np.testing.assert_allclose(lps_point(image, 0, 0, data.shape[2] - 1), last, atol=1e-4)
-    assert b"resampled" in image.header["descrip"].tobytes()
-
-
-def test_write_nifti_of_a_mask_with_uneven_gaps_invents_no_class(tmp_path):
-    mask = np.zeros((4, 6, 6), np.uint8)
-    mask[1], mask[2] = 1, 6
-    path = tmp_path / "mask.nii.gz"
-    assert write_nifti(path, mask, np.eye(4), [0.0, 1.0, 4.0, 5.0])
-    data = np.asarray(nib.load(path).dataobj)
-    assert set(np.unique(data)) == {0, 1, 6} and data.dtype == np.uint8
-
-
-def test_write_nifti_refuses_what_it_cannot_place(tmp_path):
-    volume = np.zeros((2, 4, 4), np.int16)
-    with pytest.raises(ValueError, match="shape"):
-        write_nifti(tmp_path / "x.nii", volume[0], np.eye(4))
-    with pytest.raises(ValueError, match="finite and invertible"):
-        write_nifti(tmp_path / "x.nii", volume, np.full((4, 4), np.nan))
-    with pytest.raises(ValueError, match="ascend"):
-        write_nifti(tmp_path / "x.nii", volume, np.eye(4), [1.0, 0.0])
-    assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------- phantom, registry
-
-
-def test_discover_phantom_gives_the_same_patients_however_many_are_asked_for():
-    few, many = discover_phantom(3)[0], discover_phantom(5)[0]
-    assert few == many[:3]
-    assert {job.series_uid for job in many}.isdisjoint(
-        job.series_uid for job in discover_phantom(5, size=64)[0]
-    )
-
-
-def test_discover_phantom_with_neighbouring_seeds_shares_no_patient():
-    seeds = [job.inputs.seed for seed in range(40, 45) for job in discover_phantom(20, seed=seed)[0]]
-    assert len(set(seeds)) == len(seeds)
-
-
-def test_read_phantom_gives_a_scan_with_truth_mask_and_labels():
-    job = discover_phantom(1, size=64, slices=4, seed=3)[0][0]
-    scan = read_scan(pickle.loads(pickle.dumps(job)))
-    assert scan.hu.shape == scan.mask.shape == scan.truth.shape == (4, 64, 64)
-    assert scan.hu.dtype == scan.truth.dtype == np.int16 and scan.mask.dtype == np.uint8
-    assert tuple(scan.labels) == LABEL_NAMES and len(scan.slice_labels) == len(scan.repairs) == 4
-    difference = (scan.hu.astype(float) - scan.truth)[scan.truth > -500]
-    assert difference.std() == pytest.approx(PHANTOM_NOISE_HU, rel=0.15)
-    corner = scan.affine @ (0, 0, 3, 1)
-    assert corner[2] == pytest.approx(scan.positions_mm[3])
-    np.testing.assert_array_equal(scan.hu, read_scan(job).hu)
-
-
-def test_discover_phantom_refuses_nothing_to_make():
-    with pytest.raises(ValueError, match="--patients 0"):
-        discover_phantom(0)
-
-
-def test_readers_hold_pairs_of_functions_and_jobs_name_their_reader(tmp_path):
-    write_series(tmp_path, along_z(0, 5))
-    options = {"dicom": {"input_dir": tmp_path}, "phantom": {"patients": 1, "size": 32, "slices": 2}}
-    for name in options:
-        reader = READERS[name]
-        jobs, _ = reader.discover(**options[name])
-        assert isinstance(jobs[0], Job) and jobs[0].source == name
-        scan = read_scan(jobs[0])
-        assert scan.source == name and scan.series_uid == jobs[0].series_uid
-        assert scan.hu.min() >= AIR_HU and scan.intensity == "hu"
-        assert len(scan.positions_mm) == len(scan.hu) == len(scan.repairs)
 
 
 # ---------------------------------------------------------------- real scanners
@@ -1085,6 +681,13 @@ def test_real_series_that_is_not_hu_is_refused_by_name():
         read_one(real("head_not_hu"))
 
 
+def test_real_series_that_is_not_hu_is_read_as_it_stands_where_it_is_assumed():
+    (job,), _ = discover_dicom(real("head_not_hu"))
+    scan = read_dicom(job._replace(assume_hu=True))
+    assert scan.hu.shape == (93, 64, 64) and (scan.hu.min(), scan.hu.max()) == (0, MAX_HU)
+    assert all(ASSUMED_HU in notes for notes in scan.repairs)
+
+
 def test_real_siemens_and_picker_series_are_read():
     siemens, picker = read_one(real("head_phantom_siemens")), read_one(real("head_picker_slice"))
     assert siemens.hu.shape == (20, 512, 512) and siemens.spacing_mm == pytest.approx(
@@ -1110,15 +713,3 @@ def test_real_odd_files_are_read_or_named():
     hitachi = next(scan for scan in read if abs(scan.gantry_tilt_deg) > 20)
     assert hitachi.padding_count > 50_000  # -2000 outside the circle, through the signedness mismatch
     assert np.median(hitachi.hu[0, 200:300, 200:300]) == pytest.approx(35, abs=15)  # brain
-
-
-def test_real_ge_head_written_as_nifti_is_resampled_and_stays_in_place(tmp_path):
-    scan = read_one(real("head_ge_tilted"))
-    path = tmp_path / "ge.nii.gz"
-    assert write_nifti(path, scan.hu[:, ::8, ::8], scan.affine @ np.diag([8.0, 8, 1, 1]), scan.positions_mm)
-    image = nib.load(path)
-    assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
-    last = (scan.positions_mm[-1] - scan.positions_mm[0]) / scan.spacing_mm[0]
-    top = (scan.affine @ (0, 0, last, 1))[:3]
-    np.testing.assert_allclose(lps_point(image, 0, 0, image.shape[2] - 1), top, atol=1e-3)
-    np.testing.assert_array_equal(np.asarray(image.dataobj)[..., -1].T, scan.hu[-1, ::8, ::8])

@@ -12,7 +12,8 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from dicom_series import CT_IMAGE
+import dicom_series
+from dicom_headers import CT_IMAGE
 from dicom_sets import (
     DICOM_SET_READERS,
     RSNA_LABELS,
@@ -28,7 +29,7 @@ from dicom_sets import (
 )
 from phantom import Phantom, generate_phantom
 from tests.test_dicom_series import write_slice
-from volumes import AIR_HU, LABEL_NAMES, ScanError
+from volumes import AIR_HU, ASSUMED_HU, LABEL_NAMES, ScanError
 
 SIZE, SLICES = 48, 6
 
@@ -424,6 +425,39 @@ def test_mayo_pair_is_read_back_exactly_slice_by_slice(tmp_path):
     assert scan.patient_id == thick.patient_id and scan.series_uid != thick.series_uid
     assert thick.low["0.25"].shape == thick.hu.shape == (3, 64, 64)
     assert scan.spacing_mm[0] == pytest.approx(1) and thick.spacing_mm[0] == pytest.approx(3)
+
+
+@pytest.mark.parametrize("dose", ["full", "quarter"])
+def test_mayo_with_assumed_hu_takes_either_dose_as_it_is_and_says_so(tmp_path, dose):
+    for name in ("full", "quarter"):
+        spoilt = {"RescaleIntercept": 0} if name == dose else {}  # values are HU + 1024
+        write_mayo(tmp_path / "L067" / f"{name}_1mm", range(3), 0, **spoilt)
+    (job,), _ = discover_mayo(tmp_path)
+    with pytest.raises(ScanError, match=f"{dose}_1mm.* not HU"):
+        read_mayo(job)
+    scan = read_mayo(job._replace(assume_hu=True))
+    assert all(notes.count(ASSUMED_HU) == 1 for notes in scan.repairs)
+    spoilt, right = (scan.hu, scan.low["0.25"]) if dose == "full" else (scan.low["0.25"], scan.hu)
+    inside = right > AIR_HU
+    np.testing.assert_array_equal(spoilt[inside], right[inside] + 1024)
+
+
+@pytest.mark.parametrize("source", ["rsna", "cq500"])
+def test_sets_with_assumed_hu_are_read_as_they_are_and_say_so(tmp_path, monkeypatch, source):
+    made = phantom(13, slices=16, size=16)
+    if source == "rsna":
+        write_rsna(tmp_path, [made])
+    else:
+        write_cq500_series(tmp_path, 7, "CT Plain", made)
+        write_reads(tmp_path, {"CQ500-CT-7": {"ICH": (1, 1, 0)}})
+    reader = DICOM_SET_READERS[source]
+    (job,), _ = reader.discover(tmp_path)
+    monkeypatch.setattr(dicom_series, "hu_fault", lambda _: "its values are not HU: said so")
+    with pytest.raises(ScanError, match="not HU"):
+        reader.read(job)
+    scan = reader.read(job._replace(assume_hu=True))
+    np.testing.assert_array_equal(scan.hu, made.hu)
+    assert all(ASSUMED_HU in notes for notes in scan.repairs)
 
 
 def test_mayo_slice_without_partner_is_named_and_left_out(tmp_path):

@@ -19,7 +19,17 @@ import nifti_series
 from dataset import read_metadata, read_slices, write_scan
 from nifti_series import HEMORRHAGES, NIFTI_READERS
 from phantom import Phantom, generate_phantom
-from volumes import AIR_HU, LABEL_NAMES, LPS_TO_RAS, Rejected, Scan, ScanError, pseudonym, write_nifti
+from volumes import (
+    AIR_HU,
+    ASSUMED_HU,
+    LABEL_NAMES,
+    LPS_TO_RAS,
+    Rejected,
+    Scan,
+    ScanError,
+    pseudonym,
+    write_nifti,
+)
 
 CANARY = "CANARY17"
 TILT_DEG = 18.5
@@ -540,6 +550,23 @@ def test_values_that_are_no_hu_are_refused_with_their_range(tmp_path, values):
     error = refusal(tmp_path)
     assert error.code == "not_hu" and f"range from {volume.min()} to {volume.max()}" in str(error)
     assert "HU + 1024" not in str(error)
+    (job,), _ = discover("nifti", tmp_path)
+    scan = NIFTI_READERS["nifti"].read(pickle.loads(pickle.dumps(job._replace(assume_hu=True))))
+    np.testing.assert_array_equal(scan.hu, np.where(volume <= -1500, -1024, volume).clip(-1024, 3071))
+    assert all(ASSUMED_HU in notes for notes in scan.repairs)
+
+
+@pytest.mark.parametrize(("source", "count"), [("ct-ich", 3), ("bhsd", 3)])
+def test_sets_with_assumed_hu_are_read_as_they_are_and_say_so(tmp_path, monkeypatch, source, count):
+    {"ct-ich": write_ct_ich, "bhsd": write_bhsd}[source](tmp_path)
+    jobs, _ = discover(source, tmp_path)
+    monkeypatch.setattr(nifti_series, "hu_fault", lambda _: "its values are not HU: said so")
+    assert len(jobs) == count
+    for job in jobs:
+        with pytest.raises(ScanError, match="not HU"):
+            NIFTI_READERS[source].read(job)
+        scan = NIFTI_READERS[source].read(job._replace(assume_hu=True))
+        assert all(ASSUMED_HU in notes for notes in scan.repairs)
 
 
 def test_thick_slices_seen_from_the_edge_are_refused_as_not_axial(tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -19,7 +17,8 @@ from dataset import load_pack, read_metadata, read_slices, window_hu, write_scan
 from phantom import generate_phantom
 from picture_sets import PICTURE_READERS, painted_lesion, read_picture
 from stage import InputError, write_json
-from volumes import EXPECTED_CODES, LABEL_NAMES, Scan, ScanError
+from tests.reading import codes, read_all, read_error, read_one
+from volumes import ASSUMED_HU, LABEL_NAMES, ScanError
 
 SIZE = 64
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -61,34 +60,6 @@ def outline(where: np.ndarray) -> np.ndarray:
 
 def filled(where: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes(where)
-
-
-def read_all(source: str, folder: Path) -> dict[str, Scan]:
-    """Case -> scan."""
-    jobs, rejected = PICTURE_READERS[source].discover(folder)
-    assert {entry.code for entry in rejected} <= EXPECTED_CODES, rejected
-    assert len({job.series_uid for job in jobs}) == len(jobs)
-    return {job.case: PICTURE_READERS[source].read(pickle.loads(pickle.dumps(job))) for job in jobs}
-
-
-def read_one(source: str, folder: Path) -> Scan:
-    (scan,) = read_all(source, folder).values()
-    return scan
-
-
-def codes(source: str, folder: Path) -> dict[str, str]:
-    """Path below folder -> rejection code."""
-    rejected = PICTURE_READERS[source].discover(folder)[1]
-    return {os.path.relpath(entry.file, folder): entry.code for entry in rejected}
-
-
-def read_error(source: str, folder: Path) -> ScanError:
-    """The error of reading the only job; one printable line, and it survives pickling."""
-    (job,), _ = PICTURE_READERS[source].discover(folder)
-    with pytest.raises(ScanError) as caught:
-        PICTURE_READERS[source].read(job)
-    assert str(caught.value).isprintable() and str(pickle.loads(pickle.dumps(caught.value)))
-    return caught.value
 
 
 # ---------------------------------------------------------------- one picture
@@ -260,13 +231,45 @@ def test_png_of_16_bit_grey_is_scaled_and_of_12_bit_refused(tmp_path, phantoms):
     assert read_error("png", tmp_path / "narrow").code == "not_hu"
 
 
-def test_png_of_true_colour_is_refused_and_drawings_are_never_images(tmp_path, phantoms):
+def test_png_of_16_bit_with_assumed_hu_is_taken_as_signed_16_bit_and_of_8_bit_stays_grey(tmp_path, phantoms):
+    hu = generate_phantom(3, size=SIZE, slices=6, lesions=[]).hu[2].clip(-100)
+    save(tmp_path / "hu" / "a.png", hu.astype(np.int16).view(np.uint16))
+    grey = save(tmp_path / "grey" / "a.png", phantoms["Normal"][0][0]).parent
+    (wide, eight_bit) = (PICTURE_READERS["png"].discover(folder)[0][0] for folder in (tmp_path / "hu", grey))
+    assert PICTURE_READERS["png"].read(wide).intensity == "windowed"
+    scan = PICTURE_READERS["png"].read(wide._replace(assume_hu=True))
+    np.testing.assert_array_equal(scan.hu[0], hu)
+    assert scan.intensity == "hu" and ASSUMED_HU in scan.repairs[0]
+    assert PICTURE_READERS["png"].read(eight_bit._replace(assume_hu=True)).intensity == "windowed"
+
+
+def test_png_leaves_out_what_is_painted_by_colour_or_by_folder_and_keeps_its_neighbours(tmp_path, phantoms):
     grey, lesion = phantoms["Bleeding"]
-    save(tmp_path / "a.png", paint(grey[0], lesion[0]))
+    save(tmp_path / "0.png", grey[0])
+    save(tmp_path / "1.png", paint(grey[1], lesion[1], opacity=0.3))
+    save(tmp_path / "2.png", np.repeat(grey[0][..., None], 3, axis=-1))  # RGB, but grey
     save(tmp_path / "OVERLAY" / "a.png", grey[0])
     save(tmp_path / "x" / "Masks" / "a.png", grey[0])
-    assert codes("png", tmp_path) == {"OVERLAY/a.png": "other_file", "x/Masks/a.png": "other_file"}
-    assert read_error("png", tmp_path).code == "colour"
+    painted = ["1.png", "OVERLAY/a.png", "x/Masks/a.png"]
+    assert codes("png", tmp_path) == dict.fromkeys(painted, "painted")
+    assert {scan.hu.shape[0] for scan in read_all("png", tmp_path).values()} == {1}
+    assert set(read_all("png", tmp_path)) == {"0.png", "2.png"}
+
+
+def test_png_of_a_folder_of_overlays_holds_no_scan(tmp_path, phantoms):
+    grey, lesion = phantoms["Bleeding"]
+    save(tmp_path / "OVERLAY" / "10.png", paint(grey[0], lesion[0]))
+    jobs, rejected = PICTURE_READERS["png"].discover(tmp_path / "OVERLAY")
+    assert not jobs and [entry.code for entry in rejected] == ["painted", "no_ct"]
+
+
+def test_png_that_turns_into_colour_before_it_is_read_is_refused(tmp_path, phantoms):
+    grey, lesion = phantoms["Bleeding"]
+    file = save(tmp_path / "a.png", grey[0])
+    (job,), _ = PICTURE_READERS["png"].discover(tmp_path)
+    save(file, paint(grey[0], lesion[0]))
+    with pytest.raises(ScanError, match="painted"):
+        PICTURE_READERS["png"].read(job)
 
 
 def test_png_of_the_same_pixels_share_a_patient_whatever_the_files(tmp_path, phantoms):
@@ -432,7 +435,7 @@ def test_painted_lesion_of_another_picture_or_size_is_refused(tmp_path, phantoms
 def test_brain_stroke_refuses_a_painted_or_a_16_bit_image(tmp_path, phantoms):
     grey, lesion = phantoms["Bleeding"]
     save(tmp_path / "a" / "Bleeding" / "PNG" / "1.png", paint(grey[0], lesion[0]))
-    assert read_error("brain-stroke", tmp_path / "a").code == "colour"
+    assert read_error("brain-stroke", tmp_path / "a").code == "painted"
     save(tmp_path / "b" / "Bleeding" / "PNG" / "1.png", grey[0].astype(np.uint16) * 257)
     assert read_error("brain-stroke", tmp_path / "b").code == "not_8_bit"
 

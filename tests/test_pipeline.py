@@ -186,7 +186,7 @@ def test_trained_networks_differ_from_where_they_began(trained):
     data, models = trained
     pack = load_pack(data, "test", 48)
     network, _ = load_denoiser(models / "denoiser.pt")
-    changed = np.abs(denoise(network, pack.image) - pack.image)
+    changed = np.abs(denoise(network, pack.image, 10.0) - pack.image)
     assert changed.mean() > 0.01
 
 
@@ -238,10 +238,10 @@ def test_predict_denoises_every_slice_where_it_lies_and_reads_it(trained, phanto
     call(predict, "--input", folder, "--models", models, "--out", tmp_path / "out", "--device", "cpu")
     (out,) = (tmp_path / "out").iterdir()
     network, _ = load_denoiser(models / "denoiser.pt")
-    assert np.abs(denoise(network, made.hu) - made.hu).mean() > 1
+    assert np.abs(denoise(network, made.hu, 10.0) - made.hu).mean() > 1
     image = nib.load(out / "denoised.nii.gz")
     written = np.asarray(image.dataobj).transpose(2, 1, 0)
-    np.testing.assert_array_equal(written, denoise(network, made.hu).round())
+    np.testing.assert_array_equal(written, denoise(network, made.hu, 10.0).round())
     assert image.affine @ [0, 0, 3, 1] == pytest.approx([100, 90, 3 * made.spacing_mm[0], 1], abs=0.01)
     result = json.loads((out / "prediction.json").read_text())
     classifier, facts = load_classifier(models / "classifier.pt")

@@ -11,6 +11,7 @@ STAGES = (
     "prepare_dataset",
     "split_dataset",
     "check_dataset",
+    "export_low_dose",
     "train_denoiser",
     "train_classifier",
     "run_experiments",
@@ -18,9 +19,10 @@ STAGES = (
     "app",
 )
 ORDER = (  # each imports only from its left
-    *("stage", "dose", "anatomy", "metrics", "phantom"),
-    *("volumes", "dicom_series", "dicom_sets", "nifti_series", "array_sets", "picture_sets", "scans"),
-    *("dataset", "models", "losses", "checkpoints", "training", "inference", "display"),
+    *("stage", "tomography", "dose", "anatomy", "artifacts", "metrics", "phantom"),
+    *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_sets"),
+    *("nifti_series", "array_sets", "picture_sets", "scans"),
+    *("dataset", "low_dose", "models", "losses", "checkpoints", "runs", "training", "inference", "display"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 

@@ -1,0 +1,158 @@
+"""The denoiser stage: every network and objective through its command line, at toy size."""
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints
+import stage
+import train_denoiser
+from dataset import Batches, load_pack
+from inference import denoise, load_denoiser
+
+CPU = torch.device("cpu")
+COMMON = ["--size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--precision", "fp32"]
+PROJECTION = ["--dose-model", "projection", "--doses", 0.5, 0.1, "--noise-realisations", 1]
+STUDENT = ["--model", "student", "--width", 4, "--epochs_teacher", 1, "--epochs_student", 1, "--lam_perc", 0]
+
+
+def run(data, out, *more):
+    train_denoiser.main([str(word) for word in ("--data", data, "--out", out, *COMMON, *more)])
+
+
+def parsed(*words):
+    return train_denoiser.get_parser().parse_args([str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "nafnet", "--width", 4, "--dose-aware"],
+        ["--model", "redcnn", "--width", 4, "--loss", "l1"],
+        ["--model", "autoencoder", "--encoder", "baseline", "--width", 2, "--loss", "l1-ssim"],
+        ["--widths", 4, 8, "--slices", 3, "--dose-aware", "--loss", "tissue-weighted", "--crop", 24],
+        ["--widths", 4, 8, "--loss", "lesion-mse", "--target", "noisy", *PROJECTION],
+    ],
+    ids=lambda options: "-".join(str(word).lstrip("-") for word in options[:4]),
+)
+def test_every_network_trains_and_its_checkpoint_denoises(split_data, tmp_path, options):
+    run(split_data, tmp_path, *options)
+    model, facts = load_denoiser(tmp_path / "denoiser.pt")
+    pack = load_pack(split_data, "val", 32)
+    denoised = denoise(model, pack.image, 10.0, pack.series_of)
+    assert denoised.shape == pack.image.shape
+    assert np.isfinite(denoised).all()
+    assert facts["model"]["name"] == (options[1] if options[0] == "--model" else "unet")
+    if "--dose-aware" in options:
+        assert model.dose_aware
+
+
+def test_student_learns_before_its_teachers_decoder_which_does_not_change(split_data, tmp_path):
+    run(split_data, tmp_path, *STUDENT, "--encoder", "resnet")
+    teacher = checkpoints.load(tmp_path / "denoiser.teacher.pt", "denoiser")
+    student = checkpoints.load(tmp_path / "denoiser.pt", "denoiser")
+    decoder = [key for key in teacher["state"] if key.startswith("decoder.")]
+    assert any("running_mean" in key for key in decoder)
+    for key in decoder:  # parameters and buffers
+        assert torch.equal(teacher["state"][key], student["state"][key]), key
+    assert student["parents"]["teacher"]["path"] == "denoiser.teacher.pt"
+    assert student["model"]["kwargs"]["dose_aware"]
+    assert "dose_aware" not in teacher["model"]["kwargs"]
+    encoder = [key for key in teacher["state"] if key.startswith("encoder.") and key in student["state"]]
+    assert not all(torch.equal(teacher["state"][key], student["state"][key]) for key in encoder)
+
+
+def test_student_of_a_given_teacher_trains_no_other(split_data, tmp_path):
+    run(split_data, tmp_path / "one", *STUDENT, "--encoder", "baseline", "--no-dose-aware")
+    teacher = tmp_path / "one" / "denoiser.teacher.pt"
+    words = [word for word in STUDENT if word not in ("--epochs_teacher",)]
+    words.pop(words.index(1))  # its value
+    more = ["--encoder", "baseline", "--no-dose-aware", "--teacher", teacher]
+    run(split_data, tmp_path / "two", *words, *more)
+    assert not (tmp_path / "two" / "denoiser.teacher.pt").exists()
+    alone = checkpoints.load(tmp_path / "two" / "denoiser.pt", "denoiser")
+    together = checkpoints.load(tmp_path / "one" / "denoiser.pt", "denoiser")
+    assert alone["parents"] == together["parents"]
+    for key, value in together["state"].items():
+        assert torch.equal(alone["state"][key], value), key
+
+
+def test_student_refuses_a_teacher_that_is_none_or_does_not_fit(split_data, tmp_path):
+    run(split_data, tmp_path, "--widths", 4, 8, "--name", "unet")
+    run(split_data, tmp_path, *STUDENT, "--encoder", "baseline", "--name", "baseline")
+    words = ["--model", "student", "--width", 4, "--lam-perc", 0, "--encoder", "resnet"]
+    with pytest.raises(stage.InputError, match=r"unet\.pt: is a unet; --teacher needs an autoencoder"):
+        run(split_data, tmp_path, *words, "--teacher", tmp_path / "unet.pt")
+    with pytest.raises(stage.InputError, match=r"baseline\.teacher\.pt.*same encoder"):
+        run(split_data, tmp_path, *words, "--teacher", tmp_path / "baseline.teacher.pt")
+
+
+def test_per_dose_trains_a_network_for_each_dose(split_data, tmp_path):
+    run(split_data, tmp_path, "--widths", 4, 8, "--per-dose", "--doses", 5, 20, "--seeds", 1, 2)
+    names = {path.name for path in tmp_path.glob("*.pt") if not path.name.endswith("last.pt")}
+    assert names == {f"denoiser.seed{seed}.dose{dose}.pt" for seed in (1, 2) for dose in (5, 20)}
+    five = checkpoints.load(tmp_path / "denoiser.seed1.dose5.pt", "denoiser")
+    assert five["doses"] == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "nafnet", "--widths", 4, 8], "--widths: only for --model unet"),
+        (["--width", 4], "--width: only for --model nafnet, redcnn, autoencoder, student"),
+        (["--model", "redcnn", "--encoder", "resnet"], "--encoder: only for --model autoencoder, student"),
+        (["--lam-lat", 2], "--lam-lat: only for --model student"),
+        (["--teacher", "x.pt"], "--teacher: only for --model student"),
+        (["--model", "student", "--loss", "mse"], "--loss: the student has its own"),
+        (["--model", "student", "--teacher", "x.pt", "--epochs-teacher", 3], "--epochs-teacher"),
+        (["--model", "student", "--lam-perc", 0, "--perceptual", "vgg19"], "--lam-perc 0"),
+        (["--crop", 64], "--crop 64: slices have 32 x 32"),
+        (["--slices", 2], "slices 2: must be odd"),
+    ],
+)
+def test_option_without_effect_or_sense_is_refused(split_data, tmp_path, words, message):
+    with pytest.raises((stage.InputError, ValueError), match=message.replace(".", r"\.")):
+        run(split_data, tmp_path, *words)
+
+
+@pytest.fixture
+def batch_and_data(split_data):
+    def made(*words):
+        args = parsed("--data", split_data, "--size", 32, *words)
+        doses = train_denoiser.check_doses(args.dose_model or "calibrated", args.doses)
+        data = train_denoiser.Data(args, CPU, doses)
+        batches = Batches(data.train, batch_size=8, seed=0, device=CPU)
+        return next(iter(batches.epoch(0))), data
+
+    return made
+
+
+def test_views_crop_low_and_target_alike(batch_and_data):
+    batch, data = batch_and_data("--crop", 16, "--doses", 40)  # the full dose adds nothing
+    low, sigma, target, full = data.views(batch, 1)
+    assert low.shape == (8, 1, 16, 16)
+    assert torch.equal(low, target)
+    assert torch.equal(full, data.full(batch))
+    assert sigma.tolist() == pytest.approx([4.08] * 8, abs=0.01)
+
+
+def test_views_with_neighbours_hold_the_slice_in_the_middle(batch_and_data):
+    batch, data = batch_and_data("--doses", 40)
+    low, *_ = data.views(batch, 3)
+    assert low.shape == (8, 3, 32, 32)
+    one, *_ = data.views(batch, 1)
+    assert torch.equal(low[:, 1:2], one)
+    pack = data.train
+    for place, row in enumerate(batch.rows):
+        after = row + 1 if row + 1 < len(pack) and pack.series_of[row + 1] == pack.series_of[row] else row
+        wanted = torch.from_numpy(pack.image[after].astype(np.float32))
+        wanted = wanted.flip(-1) if batch.seeds[place] % 2 == 1 else wanted
+        assert torch.equal(low[place, 2], wanted)
+
+
+def test_noisy_target_is_another_realisation_of_the_same_dose(batch_and_data):
+    batch, data = batch_and_data("--target", "noisy", "--doses", 5)
+    low, _, target, full = data.views(batch, 1)
+    one, other = (low - full).flatten(), (target - full).flatten()
+    assert one.std() == pytest.approx(other.std().item(), rel=0.1)
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
