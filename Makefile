@@ -14,6 +14,7 @@ RUN ?= --resume
 PHANTOM := --source phantom --patients $(PATIENTS) --size 128 --slices 16 --seed 42
 TRAIN := --data $(DATA) --out $(MODELS) $(RUN)
 CLASSIFIER := --task stroke --width 32 --batch-size 32
+LOW_DOSE := --dose-model projection --noise-realisations 2
 
 .PHONY: demo app test lint format clean
 
@@ -31,9 +32,9 @@ CLASSIFIER := --task stroke --width 32 --batch-size 32
 demo: .venv/installed
 	$(BIN)/python prepare_dataset.py $(PHANTOM) --out $(DATA)
 	$(BIN)/python split_dataset.py --data $(DATA)
-	$(BIN)/python train_denoiser.py $(TRAIN) --widths 16 32 64 --epochs 5 --batch-size 8 --lr 2e-3
+	$(BIN)/python train_denoiser.py $(TRAIN) --widths 16 32 64 --epochs 5 --batch-size 8 --lr 2e-3 $(LOW_DOSE)
 	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input clean --epochs 16
-	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input noisy --epochs 10 --lr 5e-4 \
+	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input noisy --epochs 10 --lr 5e-4 $(LOW_DOSE) \
 		--finetune $(MODELS)/classifier.pt --name classifier_noisy
 	$(BIN)/python run_experiments.py --data $(DATA) --models $(MODELS) --out $(RESULTS)
 	@echo

@@ -98,8 +98,10 @@ def task_targets(task: str, labels: Sequence[dict], assume_absent: Sequence[str]
 # ---------------------------------------------------------------- layout
 
 
-def write_scan(scan: Scan, folder: Path) -> Path:
-    """Write one scan as <folder>/<series_uid>/, complete or not at all. Returns its path."""
+def write_scan(scan: Scan, folder: Path, more: dict | None = None) -> Path:
+    """Write one scan as <folder>/<series_uid>/, complete or not at all.
+
+    more: further metadata, as JSON types. Returns its path."""
     final = Path(folder) / scan.series_uid
     partial = final.with_name(f".{scan.series_uid}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -147,7 +149,7 @@ def write_scan(scan: Scan, folder: Path) -> Path:
         "labels": scan.labels,
         "slices": slices,
     }
-    stage.write_json(partial / "metadata.json", metadata)
+    stage.write_json(partial / "metadata.json", metadata | (more or {}))
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)

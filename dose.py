@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tomography import Geometry, fbp, fbp_variance, project
+from tomography import Geometry, backproject, fbp, fbp_variance, filtered, project, ramp
 
 POISSON_RANGE_HU = (0.0, 80.0)  # the brain window: intensity 0..1 of the paper's formula
 LAMBDA_ROUTINE = 40.0  # the calibrated scale ends at a routine head scan, about 4 HU of noise
@@ -235,24 +235,26 @@ def series_flux(
         return 1.0
     image_pixel_mm = image_pixel_mm or pixel_mm
     scanner = fitted(scanner, image_pixel_mm)
-    lines = line_integrals(to_attenuation(hu, scanner), pixel_mm, scanner.geometry).double().cpu()
-    open_beam = flux(scanner, lines.shape[-1]).double()
-    height, width = hu.shape[1:]
-    quantum, electronic = [], []
-    for ray, where in zip(lines, inside.cpu(), strict=True):
-        rows, columns = where.nonzero(as_tuple=True)
-        some = slice(None, None, max(1, len(rows) // 200))  # points enough for the mean of a smooth variance
-        points = torch.stack([columns[some] - (width - 1) / 2, rows[some] - (height - 1) / 2], 1) * pixel_mm
-        spread = torch.exp(ray) / open_beam
-        variances = spread / scanner.merged, (scanner.electronic_sd * spread) ** 2 / scanner.merged
-        for variance, found in zip(variances, (quantum, electronic), strict=True):
-            found += fbp_variance(
-                variance, scanner.geometry, points, scanner.kernel, scanner.resampled_mm(image_pixel_mm)
-            ).tolist()
+    some = inside.flatten(1).any(dim=1).cpu()
+    lines = line_integrals(to_attenuation(hu[some], scanner), pixel_mm, scanner.geometry).cpu()
+    spread = torch.exp(lines) / flux(scanner, lines.shape[-1])
+    variances = torch.stack([spread, (scanner.electronic_sd * spread) ** 2]) / scanner.merged
+    points = torch.stack([_points(where) for where in inside[some].cpu()]) * pixel_mm
+    resampled_mm = scanner.resampled_mm(image_pixel_mm)
+    found = fbp_variance(
+        variances, scanner.geometry, points.expand(2, *points.shape), scanner.kernel, resampled_mm
+    )
     hu_per_mu = 1000 / (scanner.mu_water_per_mm - scanner.mu_air_per_mm)
-    q, e = np.mean(quantum) * hu_per_mu**2, np.mean(electronic) * hu_per_mu**2
+    q, e = (found.mean(dim=(1, 2)) * hu_per_mu**2).tolist()
     variance = float(np.clip(noise_hu, *NOISE_RANGE_HU)) ** 2  # = q / flux + e / flux^2
     return float((q + math.sqrt(q**2 + 4 * e * variance)) / (2 * variance))
+
+
+def _points(inside: torch.Tensor) -> torch.Tensor:
+    """200 pixels spread over a mask (H, W), as (200, 2): x and y in pixels from the centre of the image."""
+    places = inside.nonzero().flip(1)
+    some = torch.linspace(0, len(places) - 1, 200).round().long()  # enough for the mean of a smooth variance
+    return places[some] - (torch.tensor(inside.shape).flip(0) - 1) / 2
 
 
 def _counts(hu: torch.Tensor, pixel_mm: float, scanner: Scanner, flux_factor: float) -> torch.Tensor:
@@ -405,9 +407,12 @@ def simulate_reprojection(
         generator = torch.Generator().manual_seed(seed)
         counts = torch.poisson((open_beam * torch.exp(-lines)).cpu(), generator)
         counts += scanner.electronic_sd * torch.randn(counts.shape, generator=generator)
-        lines = -torch.log(counts.clamp_min(LEAST_COUNT).to(lines) / open_beam)
-        mu = fbp(lines, geometry, hu.shape[-2:], pixel_mm, scanner.kernel, scanner.resampled_mm(pixel_mm))
-        out[place] = to_hu(mu, scanner)
+        noise = -torch.log(counts.clamp_min(LEAST_COUNT).to(lines) / open_beam) - lines
+        # noise alone is resampled: a slice of large pixels has been already
+        of_slice = ramp(geometry, lines.shape[-1], scanner.kernel)
+        of_noise = ramp(geometry, lines.shape[-1], scanner.kernel, scanner.resampled_mm(pixel_mm))
+        both = filtered(lines, geometry, of_slice) + filtered(noise, geometry, of_noise)
+        out[place] = to_hu(backproject(both, geometry, hu.shape[-2:], pixel_mm), scanner)
     return out
 
 

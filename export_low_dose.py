@@ -14,7 +14,6 @@ that of the study: fixed by --seed, series, slice, dose model and dose."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
@@ -46,7 +45,6 @@ from slice_files import write_npz
 from tomography import Geometry, project
 from volumes import AIR_HU
 
-EXPORT_FORMAT = 1
 SLICES_AT_ONCE = 8  # simulated together
 INT16 = np.iinfo(np.int16)
 
@@ -163,7 +161,7 @@ def write_npz_series(piece: Piece, options: Options, out: Path) -> None:
     """One series: whole HU, and the lesions of its mask as 1."""
     series = piece.slices[0][0]
     metadata = read_metadata(series.folder)
-    with _appearing(out / series.series_uid) as partial:
+    with stage.atomic_folder(out / series.series_uid) as partial:
         for start, full, low in simulate(series, options):
             for place in range(len(full)):
                 folder = partial / f"{start + place:05d}"
@@ -176,17 +174,6 @@ def write_npz_series(piece: Piece, options: Options, out: Path) -> None:
                 for place, mask in enumerate(read_slices(series.folder, "mask", len(full), start)):
                     write_npz(partial / f"{start + place:05d}" / "mask.npz", (mask > 0).astype(np.uint8))
         _write_facts(partial, metadata, options, slices=[entry["labels"] for entry in metadata["slices"]])
-
-
-@contextlib.contextmanager
-def _appearing(final: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is full."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(final)
-    stage.sync_folder(final.parent)
 
 
 def _write_facts(folder: Path, metadata: dict, options: Options, **more) -> None:
@@ -225,7 +212,7 @@ def write_pairs(piece: Piece, options: Options, out: Path) -> None:
             final = sample_folder(out, piece.number + index)
             if final.exists():
                 continue
-            with _appearing(final) as partial:
+            with stage.atomic_folder(final) as partial:
                 np.save(partial / "NDCT_hu.npy", image.astype(np.float32))
                 for name, images in zip(names, low, strict=True):
                     np.save(partial / f"LDCT_{name}_hu.npy", images[place])
@@ -450,30 +437,6 @@ def cut(series: list[Series], rows: int | None) -> list[Piece]:
     ]
 
 
-def claim(out: Path, options: Options, split: str, facts: dict, split_hash: str) -> dict:
-    """export.json, made or found, with the facts of a split. Raises InputError if out is another export's."""
-    path = out / "export.json"
-    asked = stage.plain({**options._asdict(), "split_hash": split_hash})
-    manifest = {"format": EXPORT_FORMAT, "options": asked, "versions": versions(), "splits": {}}
-    if path.exists():
-        manifest = stage.read_json(path, f"delete {out} and export again")
-        known = manifest["options"]
-        for name, value in asked.items():
-            if known.get(name) != value:
-                raise stage.InputError(
-                    f"{out}: was exported with {name} {known.get(name)}, not {value} (choose another --out)"
-                )
-        if manifest["splits"].get(split, facts)["contents"] != facts["contents"]:
-            raise stage.InputError(f"{out}: the series of {split} have changed since (choose another --out)")
-        if manifest["versions"] != versions():
-            stage.log.warning("%s: begun with other versions: %s", out, manifest["versions"])
-    elif any(entry.name != ".lock" for entry in out.iterdir()):
-        raise stage.InputError(f"{out}: is not empty and holds no export (choose another --out)")
-    manifest["splits"].setdefault(split, facts | {"complete": False})
-    stage.write_json(path, manifest)
-    return manifest
-
-
 def _start_worker() -> None:
     stage.die_with_parent()
     torch.set_num_threads(1)  # the processes are the parallelism
@@ -529,7 +492,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.out / args.split
     args.out.mkdir(parents=True, exist_ok=True)
     with stage.lock(args.out / ".lock"):
-        manifest = claim(args.out, options, args.split, facts, split_hash)
+        asked = options._asdict() | {"split_hash": split_hash}
+        manifest = stage.claim_export(args.out, asked, args.split, facts, versions())
         for leftover in [
             *args.out.glob(".*.partial"),
             *folder.glob(".*.partial"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 
 import checkpoints
+import stage
 from dataset import neighbours, to_tensor
 
 # Pipelines by what a classifier was trained on: (on the low dose itself, after the denoiser)
@@ -18,6 +23,18 @@ LEGEND = {
     "2d": "low dose -> denoiser -> classifier trained on denoised slices",
 }
 PIXELS_AT_ONCE = 2**20  # 16 slices of 256 x 256: a few hundred MB of activations in the U-Net
+
+
+ROUTINE_NOISE_HU = 4.0  # of a scan in which none could be measured
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A denoiser or classifier, and what its checkpoint says."""
+
+    path: Path
+    network: nn.Module
+    facts: dict
 
 
 def _batches(volume: np.ndarray) -> range:
@@ -69,6 +86,18 @@ def load_denoiser(path, device: torch.device | str = "cpu") -> tuple[nn.Module, 
 def load_classifier(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """A classifier checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
     return checkpoints.load_network(path, "classifier", device)
+
+
+def check_patients(patients: Iterable[str], networks: Sequence[Network]) -> None:
+    """Raise InputError if a network, or a parent of it, was trained on one of the test patients."""
+    own = set(patients)
+    for network in networks:
+        known = own & set(network.facts["trained_on"])
+        if known:
+            raise stage.InputError(
+                f"{network.path}: was trained on {len(known)} of the {len(own)} test patients, e.g. "
+                f"{min(known)}; it belongs to another split (train again)"
+            )
 
 
 def fits_denoiser(facts: dict, denoiser_path) -> bool:

@@ -218,8 +218,9 @@ class AnatomyAwareLoss(nn.Module):
         + g1 perceptual + w_d sum over four feature maps of MSE(f_s, f_t)
 
     all on -1000..1000 HU as -1..1. A term of weight 0 is not computed. perceptual: a network of PERCEPTUAL.
-    Raises ValueError if g1 is not 0 and there is none. Source: "Anatomy-Aware CT Scan Denoising"; it takes
-    w_d 0.5 with RadImageNet, and alpha 0.2 for the Baseline AE."""
+    Raises ValueError if g1 is not 0 and there is none, or all weights are 0.
+    Source: "Anatomy-Aware CT Scan Denoising"; it takes w_d 0.5 with RadImageNet, and alpha 0.2 for the
+    Baseline AE."""
 
     def __init__(
         self,
@@ -245,6 +246,8 @@ class AnatomyAwareLoss(nn.Module):
             "perceptual": g1,
             "features": w_d,
         }
+        if not any(self.weights.values()):
+            raise ValueError("all weights are 0: the student would learn nothing (give one another value)")
 
     def terms(
         self, student: Encoded, teacher: tuple[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor

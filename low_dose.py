@@ -21,7 +21,7 @@ from anatomy import brain_mask
 from dataset import Batch, Pack, neighbours, to_tensor
 from dose import DOSE_MODELS, FEWEST_COUNTS, NOISE_RANGE_HU, NoiseImages, add_noise, noise_images, series_flux
 
-FLUX_SLICES = 4  # of a series, from its middle: the flux of all is one number
+FLUX_SLICES = 3  # of a series, from its middle: the flux of all is one number
 CACHE_FORMAT = 1
 SLICES_AT_ONCE = 8  # share the places where rays meet pixels
 # int16 steps of the stored noise images, in HU: the lowest dose multiplies them by 6, 40 and 40

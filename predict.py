@@ -25,7 +25,14 @@ import training
 from dataset import fit_to_square, square_pixel_mm
 from display import NOTICE, radiological
 from dose import DOSE_MODELS, SIMULATED
-from inference import classify, denoise, fits_denoiser, load_classifier, load_denoiser
+from inference import (
+    ROUTINE_NOISE_HU,
+    classify,
+    denoise,
+    fits_denoiser,
+    load_classifier,
+    load_denoiser,
+)
 from low_dose import evaluation_seed, noise_level, simulate_scan
 from models import BRAIN_WINDOW
 from scans import READERS, read_scan
@@ -37,8 +44,6 @@ from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen 
 NOISE_SEED = 42  # as in the study
 SHEET_COLUMNS = 7  # four rows for a routine scan of 28 slices
 SHEET_SLICES = 42  # of a longer scan evenly spaced ones are shown
-
-ROUTINE_NOISE_HU = 4.0  # of a scan in which none could be measured
 
 
 class Dose(NamedTuple):

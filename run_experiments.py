@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from torch import nn
 
 import anatomy
 import checkpoints
@@ -28,7 +26,17 @@ import stage
 import training
 from dataset import Pack, load_pack, task_targets
 from dose import DOSE_MODELS
-from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
+from inference import (
+    LEGEND,
+    PIPELINES,
+    Network,
+    check_patients,
+    classify,
+    denoise,
+    fits_denoiser,
+    load_classifier,
+    load_denoiser,
+)
 from low_dose import LowDose, check_doses
 
 matplotlib.use("Agg")
@@ -48,15 +56,6 @@ COLUMNS = (
     "range_hu",
     "mask",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """A denoiser or classifier, and what its checkpoint says."""
-
-    path: Path
-    network: nn.Module
-    facts: dict
 
 
 def get_parser() -> stage.StageParser:
@@ -331,18 +330,6 @@ def write_figures(out: Path, rows: list[dict], unit: str) -> list[Path]:
     return written
 
 
-def check_patients(pack: Pack, networks: list[Network]) -> None:
-    """Raise InputError if a network, or a parent of it, was trained on one of the test patients."""
-    own = set(pack.patient_ids().tolist())
-    for network in networks:
-        known = own & set(network.facts["trained_on"])
-        if known:
-            raise stage.InputError(
-                f"{network.path}: was trained on {len(known)} of the {len(own)} test patients, e.g. "
-                f"{min(known)}; it belongs to another split (train again)"
-            )
-
-
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = training.pick_device(args.device)
@@ -357,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     dose_model = args.dose_model or next(filter(None, trained), training.DOSE_MODEL)
     doses = check_doses(dose_model, args.doses)
     pack = load_pack(args.data, "test", agree(networks, "size"))
-    check_patients(pack, networks)
+    check_patients(pack.patient_ids().tolist(), networks)
     with stage.lock(args.out / ".lock"):
         rows = measure(pack, denoiser, arms, dose_model, doses, mask=args.mask, seed=args.seed)
         manifest = {

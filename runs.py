@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import functools
@@ -32,20 +33,19 @@ class World(NamedTuple):
     size: int = 1
 
 
-@contextlib.contextmanager
-def world(device: torch.device) -> Iterator[World]:
-    """Join the processes that torchrun started; alone, do nothing."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        yield World()
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # the others wait while the first process validates, which may take long
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
-    try:
-        yield World(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+def world(device: torch.device) -> World:
+    """Join the processes that torchrun started; alone, do nothing.
+
+    Once for all runs of a process: who joins again may meet what the first time left with the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return World()
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # the others wait while the first process validates, which may take long
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        atexit.register(dist.destroy_process_group)
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 # ---------------------------------------------------------------- files

@@ -187,6 +187,48 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is full; a kill leaves .<name>.partial at most."""
+    final = Path(final)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+EXPORT_FORMAT = 1
+
+
+def claim_export(out: Path, asked: dict, split: str, facts: dict, versions: dict) -> dict:
+    """export.json of the folder of an export, made or found, with the facts of a split.
+
+    asked: what decides the values. facts: of the split, with a hash as "contents". Raises InputError if out
+    is another export's, holds anything else, or if the split has other contents by now."""
+    path = out / "export.json"
+    asked = plain(asked)
+    manifest = {"format": EXPORT_FORMAT, "options": asked, "versions": versions, "splits": {}}
+    if path.exists():
+        manifest = read_json(path, f"delete {out} and export again")
+        known = manifest["options"]
+        for name, value in asked.items():
+            if known.get(name) != value:
+                raise InputError(
+                    f"{out}: was exported with {name} {known.get(name)}, not {value} (choose another --out)"
+                )
+        if manifest["splits"].get(split, facts)["contents"] != facts["contents"]:
+            raise InputError(f"{out}: the series of {split} have changed since (choose another --out)")
+        if manifest["versions"] != versions:
+            log.warning("%s: begun with other versions: %s", out, manifest["versions"])
+    elif any(entry.name != ".lock" for entry in out.iterdir()):
+        raise InputError(f"{out}: is not empty and holds no export (choose another --out)")
+    manifest["splits"].setdefault(split, facts | {"complete": False})
+    write_json(path, manifest)
+    return manifest
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's own entries, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

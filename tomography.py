@@ -205,8 +205,10 @@ def filtered(sinogram: torch.Tensor, geometry: Geometry, response: torch.Tensor)
         weight = geometry.source_mm / torch.sqrt(geometry.source_mm**2 + offsets**2)
         sinogram = sinogram * weight.to(sinogram)
     length = 2 * (response.shape[-1] - 1)
-    spectrum = torch.fft.rfft(sinogram, length) * response.to(sinogram)
-    return torch.fft.irfft(spectrum, length)[..., :count]
+    response, made = response.to(sinogram), torch.empty_like(sinogram)
+    for lines, out in zip(sinogram, made, strict=True):  # one by one, so that spectra stay in the cache
+        out.copy_(torch.fft.irfft(torch.fft.rfft(lines, length) * response, length)[:, :count])
+    return made
 
 
 def backproject(
@@ -279,29 +281,29 @@ def fbp_variance(
 ) -> torch.Tensor:
     """Variance that fbp leaves at some points, in closed form, if the rays' noise is independent.
 
-    variance: (views, detectors) of the line integrals, parallel beams. points_mm: (P, 2), x and y. Returns
-    (P,) in 1/mm^2. A filtered value is sum_k h[n - k] p[k]; linear interpolation takes (1 - w) of it and w of
-    its neighbour: ((1 - w)^2 h^2 + w^2 g^2 + 2 w (1 - w) h g) * variance, where g is h shifted by one."""
+    variance: (..., views, detectors) of the line integrals, parallel beams. points_mm: (..., P, 2), x and y.
+    Returns (..., P) in 1/mm^2. A filtered value is sum_k h[n - k] p[k]; linear interpolation takes (1 - w) of
+    it and w of its neighbour: ((1 - w)^2 h^2 + w^2 g^2 + 2 w (1 - w) h g) * variance, where g is h shifted by
+    one."""
     if not geometry.parallel:
         raise ValueError("fbp_variance: for parallel beams only")
-    views, count = variance.shape
+    views, count = variance.shape[-2:]
     response = ramp(geometry, count, kernel, resampled_mm)
     length = 2 * (response.shape[-1] - 1)
     taps = torch.fft.irfft(response, length)
-    spectrum = torch.fft.rfft(variance.double().cpu(), length)
+    spectrum = torch.fft.rfft(variance.float().cpu(), length)
 
     def convolved(kernel_taps: torch.Tensor) -> torch.Tensor:
-        return torch.fft.irfft(spectrum * torch.fft.rfft(kernel_taps), length)
+        return torch.fft.irfft(spectrum * torch.fft.rfft(kernel_taps.float()), length)
 
     own, mixed = convolved(taps**2), convolved(taps * taps.roll(1, -1))
-    angles = geometry.angles()
-    points = points_mm.double().cpu()
-    place = points[:, :1] * angles.cos() + points[:, 1:] * angles.sin()
-    place = (place / geometry.pitch_centre_mm + (count - 1) / 2).T  # (views, P)
-    left = place.floor().long().clamp(0, count - 2)
+    angles = geometry.angles()[:, None]
+    x, y = points_mm.double().cpu()[..., None, :, :].unbind(-1)
+    place = (x * angles.cos() + y * angles.sin()) / geometry.pitch_centre_mm + (count - 1) / 2
+    left = place.floor().long().clamp(0, count - 2)  # (..., views, P)
     w = place - left
-    at, after = own.gather(1, left), own.gather(1, left + 1)
+    at, after = own.gather(-1, left), own.gather(-1, left + 1)
     # taps.roll(1)[m] = taps[m - 1]: mixed at left + 1 holds h[n + 1 - k] h[n - k]
-    between = mixed.gather(1, left + 1)
-    total = ((1 - w) ** 2 * at + w**2 * after + 2 * w * (1 - w) * between).sum(0)
+    between = mixed.gather(-1, left + 1)
+    total = ((1 - w) ** 2 * at + w**2 * after + 2 * w * (1 - w) * between).sum(-2)
     return total * (math.pi / views) ** 2

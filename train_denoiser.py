@@ -1,18 +1,29 @@
-"""Stage 3: train a denoiser on pairs of a slice and its low dose.
+"""Stage 3: train a denoiser on pairs of a slice and its low dose; score one alone, or export its slices.
 
 Reads:   <data>/{train,val}/
 Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json, and with --keep-every .epoch<k>.pt, with --csv .csv,
          with --tensorboard .tb/, with --samples .samples/epoch_<k>_dose_<d>.png (low | output | target);
          with --model student also <name>.teacher.pt and its files
+         --evaluate: <results>/denoiser/<name>/metrics_summary.csv, .json, dose_<d>/<series>_<slice>.png
+         --export-denoised: <out>/<split>/<series>/ as prepared data, or <out>/<split>/sample_00000/*.npz
 Example: python train_denoiser.py --epochs 50 --batch-size 8
          python train_denoiser.py --model nafnet --width 32 --dose-model projection --per-dose --seeds 1 2 3
          python train_denoiser.py --model student --encoder nafnet --epochs_teacher 100 --epochs_student 150
-         torchrun --nproc_per_node=8 train_denoiser.py --batch-size 64"""
+         torchrun --nproc_per_node=8 train_denoiser.py --batch-size 64
+         python train_denoiser.py --evaluate saved_models/denoiser.pt
+         python train_denoiser.py --evaluate bm3d --dose-model projection --doses 0.1
+         python train_denoiser.py --export-denoised --export-split test --doses 0.1 --dose-model projection
+
+--evaluate and --export-denoised do not train. Beside their own options they read --data, --dose-model,
+--doses, --seed (of the noise) and --device, --evaluate also --size, --export-denoised also --out (default:
+denoised_dataset), and no others. Dose model, doses and size are as the checkpoint was trained unless given;
+an export without --doses denoises the slices as they are."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,10 +32,11 @@ import torch
 
 import anatomy
 import checkpoints
+import denoised
 import metrics
 import stage
 import training
-from dataset import Batch, Pack, crop, load_pack, mirror, native_size, neighbours
+from dataset import SPLITS, Batch, Pack, crop, load_pack, mirror, native_size, neighbours
 from display import to_grey
 from inference import denoise, load_denoiser
 from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss
@@ -33,6 +45,7 @@ from models import (
     AUTOENCODER_WINDOW,
     AUTOENCODERS,
     BRAIN_WINDOW,
+    CLASSICAL,
     DENOISERS,
     SOFT_WINDOW,
     adopt_decoder,
@@ -104,7 +117,81 @@ def get_parser() -> stage.StageParser:
         "--perceptual", choices=sorted(PERCEPTUAL), help="network of --lam-perc (default: vgg19)"
     )
     group.add_argument("--perceptual-weights", type=Path, help="its weights (default: downloaded)")
+    group = parser.add_argument_group("a trained denoiser, instead of training")
+    names = ", ".join(CLASSICAL)
+    group.add_argument("--evaluate", metavar="CKPT", help=f"score this checkpoint alone, or one of {names}")
+    group.add_argument("--split", choices=SPLITS, help="that --evaluate scores (default: test)")
+    group.add_argument("--results", type=Path, help="of --evaluate (default: results)")
+    group.add_argument("--export-denoised", action="store_true", help="write a split denoised, to --out")
+    group.add_argument("--export-split", choices=SPLITS, help="which")
+    group.add_argument(
+        "--checkpoint", help=f"that denoises it, or one of {names} (default: saved_models/denoiser.pt)"
+    )
+    group.add_argument(
+        "--export-layout",
+        choices=sorted(denoised.LAYOUTS),
+        help="as prepared data, or as the earlier system's samples (default: dataset)",
+    )
     return parser
+
+
+# the options of each mode that does not train
+MODES = {
+    "evaluate": ("split", "results"),
+    "export_denoised": ("export_split", "checkpoint", "export_layout"),
+}
+
+
+def training_only(args: argparse.Namespace) -> argparse.Namespace:
+    """The options without those of MODES, which decide nothing in a training.
+
+    Raises InputError for one whose mode is not asked for, and for both modes at once."""
+    if args.evaluate and args.export_denoised:
+        raise stage.InputError("--evaluate, --export-denoised: one at a time (leave one of them out)")
+    for mode, options in MODES.items():
+        for option in options:
+            if not getattr(args, mode) and getattr(args, option) is not None:
+                raise stage.InputError(
+                    f"--{option.replace('_', '-')}: only with --{mode.replace('_', '-')} (leave it out)"
+                )
+    own = {*MODES, *(option for options in MODES.values() for option in options)}
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in own})
+
+
+def evaluate(args: argparse.Namespace, command: str) -> None:
+    """Score one denoiser alone."""
+    denoised.evaluate(
+        args.evaluate,
+        data=args.data,
+        split=args.split or "test",
+        results=args.results or Path("results"),
+        size=args.size,
+        dose_model=args.dose_model,
+        doses=args.doses,
+        seed=args.seed,
+        device=training.pick_device(args.device),
+        command=command,
+    )
+
+
+def export_denoised(args: argparse.Namespace) -> None:
+    """Write a split denoised. Raises InputError for what cannot be exported."""
+    if args.export_split is None:
+        raise stage.InputError(f"--export-split: missing (give one of {', '.join(SPLITS)})")
+    if args.doses is not None and len(args.doses) > 1:
+        raise stage.InputError("--doses: an export has one dose (give one, and another --out for another)")
+    models = get_parser().get_default("out")
+    denoised.export(
+        args.checkpoint or str(models / "denoiser.pt"),
+        data=args.data,
+        split=args.export_split,
+        out=Path("denoised_dataset") if args.out == models else args.out,  # checkpoints lie there, not slices
+        layout=args.export_layout or "dataset",
+        dose_model=args.dose_model,
+        dose=None if args.doses is None else args.doses[0],
+        seed=args.seed,
+        device=training.pick_device(args.device),
+    )
 
 
 def shape(args: argparse.Namespace, size: int) -> dict:
@@ -388,7 +475,14 @@ def each_run(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    given = get_parser().parse_args(argv)
+    args = training_only(given)
+    if given.evaluate:
+        evaluate(given, " ".join(["train_denoiser.py", *(sys.argv[1:] if argv is None else argv)]))
+        return
+    if given.export_denoised:
+        export_denoised(given)
+        return
     check_options(args)
     device = training.pick_device(args.device)
     doses = check_doses(args.dose_model or training.DOSE_MODEL, args.doses)

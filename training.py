@@ -622,8 +622,8 @@ def fit(
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # images of one size: the fastest convolutions are sought once
+    going_on = paths.last.exists()  # asked before the processes meet, after which the first one writes it
     learner = Learner(model, options, paths=paths, config=config, device=device, place=place)
-    going_on = paths.last.exists()
     if going_on:
         learner.restore()
     state, first = learner.state, place.rank == 0
@@ -737,35 +737,33 @@ def run(
         val=val.key,
         parents={role: parent["sha256"] for role, parent in facts["parents"].items()},
     )
-    with world(device) as place:
-        torch.manual_seed(args.seed)
-        model = make_model()
-        batches = Batches(
-            train,
-            batch_size=args.batch_size,
-            seed=args.seed,
+    place = world(device)
+    torch.manual_seed(args.seed)
+    model = make_model()
+    batches = Batches(
+        train,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=device,
+        rank=place.rank,
+        world_size=place.size,
+        **sampling,
+    )
+    with open_run(args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place) as paths:
+        best = fit(
+            model,
+            loss_fn,
+            batches,
+            make_validate,
+            options=options,
+            facts=facts,
+            paths=paths,
+            config=config,
+            select=select,
             device=device,
-            rank=place.rank,
-            world_size=place.size,
-            **sampling,
+            place=place,
+            samples=samples,
         )
-        with open_run(
-            args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place
-        ) as paths:
-            best = fit(
-                model,
-                loss_fn,
-                batches,
-                make_validate,
-                options=options,
-                facts=facts,
-                paths=paths,
-                config=config,
-                select=select,
-                device=device,
-                place=place,
-                samples=samples,
-            )
     return (paths.best, best) if place.rank == 0 else None
 
 

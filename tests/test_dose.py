@@ -365,11 +365,11 @@ def test_projection_at_full_dose_is_the_input_bit_for_bit(model):
 
 @pytest.mark.parametrize(("photons", "fewest"), [(1e5, 5), (1.2e6, 60)], ids=["counted", "normal"])
 def test_few_photons_behind_metal_match_direct_counting_in_mean_and_variance(photons, fewest):
-    """On either side of FEWEST_COUNTS: mean within 2 % of the SD, variance within 4 %, streaks 6 %."""
+    """On either side of FEWEST_COUNTS: mean within 3 % of the SD, variance within 4 %, streaks 6 %."""
     scanner = FEW_RAYS._replace(photons=photons)
     metal = ellipse(128, PIXEL_MM, 20.0, 20.0).roll(8, 1)
     hu = torch.where(metal, 3000.0, HEAD)
-    dose, count = 0.025, 48
+    dose, count = 0.025, 32
     lines = project(to_attenuation(hu[:, 0], scanner), PIXEL_MM, scanner.geometry)
     behind = dose * (flux(scanner, lines.shape[-1]) * torch.exp(-lines)).min().item()
     assert behind == pytest.approx(fewest, rel=0.1)
@@ -378,13 +378,26 @@ def test_few_photons_behind_metal_match_direct_counting_in_mean_and_variance(pho
     low = simulate_projection(batch, [dose] * count, list(range(count)), PIXEL_MM, scanner=scanner) - hu
     assert torch.isfinite(low).all()
     direct = counted(hu, dose, scanner, PIXEL_MM, count, seed=3)
-    full = counted(hu, 1.0, scanner, PIXEL_MM, count // 3, seed=4)
+    full = counted(hu, 1.0, scanner, PIXEL_MM, count // 2, seed=4)
     tissue, streaks = ellipse(128, PIXEL_MM) & ~metal, ellipse(128, PIXEL_MM, 60, 6) & ~metal
     for where, tolerance in ((tissue, 0.04), (streaks, 0.06)):
         missing = sd(direct - direct.mean(0), where) ** 2 - sd(full - full.mean(0), where) ** 2
         assert sd(low - low.mean(0), where) ** 2 == pytest.approx(missing, rel=tolerance)
         bias = direct.mean(0)[0, where].mean() - full.mean(0)[0, where].mean()
-        assert abs(low.mean(0)[0, where].mean() - bias) < 0.02 * sd(direct, where)
+        assert abs(low.mean(0)[0, where].mean() - bias) < 0.03 * sd(direct, where)
+
+
+def test_counted_photons_bring_only_the_electronic_noise_that_is_missing():
+    """Half the dose of a poor scan, where electronics leave more noise than photons: variance within 4 %."""
+    scanner, count = FEW_RAYS._replace(photons=4600.0, electronic_sd=6.0), 32
+    lines = project(to_attenuation(HEAD[:, 0], scanner), PIXEL_MM, scanner.geometry)
+    assert 0.5 * (flux(scanner, lines.shape[-1]) * torch.exp(-lines)).min() < FEWEST_COUNTS
+    batch = HEAD.repeat(count, 1, 1, 1)
+    low = simulate_projection(batch, [0.5] * count, list(range(count)), PIXEL_MM, scanner=scanner) - HEAD
+    direct, full = (counted(HEAD, dose, scanner, PIXEL_MM, count, seed=5) for dose in (0.5, 1.0))
+    where = ellipse(128, PIXEL_MM)
+    missing = sd(direct - direct.mean(0), where) ** 2 - sd(full - full.mean(0), where) ** 2
+    assert sd(low - low.mean(0), where) ** 2 == pytest.approx(missing, rel=0.04)
 
 
 def test_an_opaque_object_stays_finite_and_leaves_the_other_slices_alone():
@@ -489,8 +502,8 @@ def test_presets_leave_the_noise_they_state_in_the_standard_head(name):
 @pytest.mark.parametrize("truth", [0.5, 2.0])
 def test_series_flux_finds_the_flux_that_left_a_noise(truth):
     """Measured on the scan's own pixels, given at those or, as the cache has them, at larger ones."""
-    scanner, where = SCANNERS["head-soft"], ellipse(336, 0.6)
-    hu = standard_head(336, 0.6)[None, None]
+    scanner = SCANNERS["head-soft"]._replace(electronic_sd=60.0)  # two HU of noise at full flux
+    hu, where = standard_head(336, 0.6)[None, None], ellipse(336, 0.6)
     images = noise_images(hu, [1], 0.6, scanner, truth, realisations=4)
     measured = math.hypot(sd(images.quantum, where), sd(images.electronic, where))
     assert series_flux(hu[:, 0], where[None], 0.6, measured, scanner) == pytest.approx(truth, rel=0.03)
@@ -528,15 +541,18 @@ def test_line_integrals_from_fewer_rays_keep_the_size_of_the_noise(name):
     assert error[exact == 0].abs().max() < 0.1
 
 
-def test_reprojection_of_a_noise_free_head_at_full_flux_keeps_its_hu():
-    """HU -> mu -> sinogram -> FBP -> HU: less than 3 HU off in the brain, and 0.2 HU away from bone."""
-    made = generate_phantom(3, size=192, slices=7, noise_hu=0.0)
+@pytest.mark.parametrize("size", [128, 192])
+def test_reprojection_of_a_noise_free_head_at_full_flux_keeps_its_hu(size):
+    """HU -> mu -> sinogram -> FBP -> HU: less than 3 HU off in the brain, and 0.2 HU away from bone.
+
+    Also where pixels are so large that the noise is made as if it had been resampled."""
+    made = generate_phantom(3, size=size, slices=7, noise_hu=0.0)
     pixel_mm = made.spacing_mm[1]
     hu = torch.from_numpy(made.truth[4:5]).float()[:, None]
     brain = brain_mask(made.truth, made.spacing_mm)[4]
-    deep = brain_mask(made.truth, made.spacing_mm)[4] & ellipse(192, pixel_mm, 40, 50).numpy()
+    deep = brain & ellipse(size, pixel_mm, 40, 50).numpy()
     for name, scanner in SCANNERS.items():
-        noiseless = scanner._replace(photons=1e12, electronic_sd=0.0, largest_pixel_mm=10.0)
+        noiseless = scanner._replace(photons=1e12, electronic_sd=0.0)
         low = simulate_reprojection(hu, [1.0], [0], pixel_mm, scanner=noiseless)
         bias = (low - hu)[0, 0].numpy()
         assert abs(bias[brain].mean()) < 3, name
@@ -551,6 +567,15 @@ def test_reprojection_has_the_noise_of_counting_at_every_dose(direct):
     noise = low - low.mean(0)
     expected = sd(direct[0.025] - direct[0.025].mean(0), where) * math.sqrt(1 - 1 / count)
     assert sd(noise, where) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("name", SCANNERS)
+def test_noise_is_made_on_the_device_of_its_input(name):
+    """Tensors without values refuse to meet those of another device, as a GPU would."""
+    hu = torch.zeros(2, 1, 12, 9, device="meta")
+    images = noise_images(hu, [0, 1], 2.0, SCANNERS[name], realisations=2)
+    assert {part.device.type for part in images} == {"meta"}
+    assert add_noise(hu, images, [0.1, 0.5], [0, 1]).device.type == "meta"
 
 
 def test_attenuation_and_back_is_the_identity_and_air_and_water_are_where_they_belong():

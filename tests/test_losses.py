@@ -282,6 +282,8 @@ def test_anatomy_aware_loss_without_a_perceptual_network_is_refused_unless_its_w
         AnatomyAwareLoss()
     student, teacher, target = student_and_teacher()
     assert AnatomyAwareLoss(g1=0)(student, teacher, target).isfinite()
+    with pytest.raises(ValueError, match="all weights are 0"):
+        AnatomyAwareLoss(lam_lat=0, lam_rec=0, b1=0, b2=0, g1=0, w_d=0)
 
 
 # ---------------------------------------------------------------- perceptual networks
