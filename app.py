@@ -705,10 +705,8 @@ def scan_page(folders: Folders) -> None:
 def find_checkpoints(folders: Folders, device: str) -> tuple[Checkpoint | None, list[Checkpoint]]:
     """Open what run_experiments.py would use; say in one line each what is missing, damaged or unfit."""
     paths = [("denoiser", folders.models / "denoiser.pt")]
-    own = [
-        path for path in sorted(folders.models.glob("classifier*.pt")) if not path.name.endswith(".last.pt")
-    ]
-    paths += [("classifier", path) for path in own or [folders.models / "classifier.pt"]]
+    own = checkpoints.finished(folders.models, "classifier") or [folders.models / "classifier.pt"]
+    paths += [("classifier", path) for path in own]
     found: dict[str, list[Checkpoint]] = {"denoiser": [], "classifier": []}
     missing = []
     for kind, path in paths:

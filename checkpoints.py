@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import platform
+import re
 import zipfile
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def file_sha256(path: Path) -> str:
 def versions() -> dict[str, str]:
     """Versions that decide a result."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def finished(folder: Path, prefix: str) -> list[Path]:
+    """The checkpoints below folder whose names begin with prefix, sorted; not those of a run under way, nor
+    those that --keep-every leaves of single epochs."""
+    found = Path(folder).glob(f"{prefix}*.pt")
+    return sorted(path for path in found if not re.search(r"\.(last|epoch\d+)\.pt$", path.name))
 
 
 def save(path: Path, content: dict) -> None:

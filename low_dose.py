@@ -19,8 +19,11 @@ import torch
 import stage
 from anatomy import brain_mask
 from dataset import Batch, Pack, neighbours, to_tensor
-from dose import DOSE_MODELS, FEWEST_COUNTS, NOISE_RANGE_HU, NoiseImages, add_noise, noise_images, series_flux
+from dose import DOSE_MODELS, NOISE_RANGE_HU, NoiseImages, add_noise, noise_images, series_flux
 
+FEWEST_STORED_COUNTS = (
+    10.0  # in training: of the most starved ray; evaluation draws photons from dose's own on
+)
 FLUX_SLICES = 3  # of a series, from its middle: the flux of all is one number
 CACHE_FORMAT = 1
 SLICES_AT_ONCE = 8  # share the places where rays meet pixels
@@ -175,7 +178,7 @@ class LowDose:
         starved = [
             place
             for place, (counts, dose) in enumerate(zip(images.counts.tolist(), doses, strict=True))
-            if dose < 1 and counts * dose < FEWEST_COUNTS
+            if dose < 1 and counts * dose < FEWEST_STORED_COUNTS
         ]
         if starved:
             low[starved] = self._fresh(

@@ -653,7 +653,8 @@ class Autoencoder(Denoiser):
     ) -> torch.Tensor | Encoded:
         """The denoised slice; with encoded=True as Encoded, with what it was made of."""
         middle = self.middle(hu)
-        beyond = middle - unwindow_hu(window_hu(middle, *self.window), *self.window)
+        center, width = self.window
+        beyond = middle - middle.clamp(center - width / 2, center + width / 2)
         latent, features = self.encode(hu, sigma_hu)
         output = self.decode(latent, features)[..., : hu.shape[-2], : hu.shape[-1]] + beyond
         return Encoded(output, latent, features) if encoded else output

@@ -97,9 +97,7 @@ def load_models(args, device) -> tuple[Network | None, list[Network]]:
     denoiser = None
     if args.denoiser or path.exists():
         denoiser = Network(path, *load_denoiser(path, device))
-    paths = args.classifiers or sorted(
-        path for path in args.models.glob("classifier*.pt") if not path.name.endswith(".last.pt")
-    )
+    paths = args.classifiers or checkpoints.finished(args.models, "classifier")
     classifiers = [Network(path, *load_classifier(path, device)) for path in paths]
     if denoiser is None and not classifiers:
         raise stage.InputError(

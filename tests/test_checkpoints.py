@@ -147,3 +147,17 @@ def test_save_killed_at_any_moment_leaves_a_whole_checkpoint(path):
         process.wait()
         values = checkpoints.load(path, "denoiser")["state"]["w"].unique()
         assert len(values) == 1
+
+
+def test_finished_leaves_out_runs_under_way_and_single_epochs(tmp_path):
+    names = ["classifier.pt", "classifier.seed1.pt", "classifier_noisy.pt"]
+    for name in [
+        *names,
+        "classifier.last.pt",
+        "classifier.seed1.last.pt",
+        "classifier.epoch3.pt",
+        "denoiser.pt",
+    ]:
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoints.finished(tmp_path, "classifier")] == names
+    assert checkpoints.finished(tmp_path / "none", "classifier") == []

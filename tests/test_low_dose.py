@@ -141,7 +141,7 @@ def test_pair_is_the_same_for_the_same_seeds_and_fresh_for_others(pack):
 def test_starved_slices_are_drawn_photon_by_photon(pack, monkeypatch):
     source = LowDose(pack, "projection", [0.05], realisations=1)
     batch = batch_of(pack, 4)
-    source.noise.counts = np.full_like(source.noise.counts, 1.0)  # below FEWEST_COUNTS at any dose
+    source.noise.counts = np.full_like(source.noise.counts, 1.0)  # below FEWEST_STORED_COUNTS at any dose
     called = []
     fresh = LowDose._fresh
     monkeypatch.setattr(LowDose, "_fresh", lambda self, *args: called.append(1) or fresh(self, *args))
