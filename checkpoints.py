@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import stage
-from models import build_model
+from models import build_model, misfits
 
 FORMAT = 1
 TRAINED_BY = {"denoiser": "train_denoiser.py", "classifier": "train_classifier.py"}
@@ -112,12 +112,7 @@ def load_network(path: Path, kind: str, device: torch.device | str = "cpu") -> t
         state = content.pop("state")
     except (KeyError, TypeError, ValueError) as error:
         raise stage.InputError(f"{path}: no network of this version, {error} (train again)") from None
-    wanted = model.state_dict()
-    wrong = [
-        key
-        for key in {**wanted, **state}
-        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
-    ]
+    wrong = misfits(model, state)
     if wrong:
         raise stage.InputError(
             f"{path}: does not fit {content['model']['name']}: {', '.join(wrong[:3])}"

@@ -13,7 +13,7 @@ from torch import nn
 import anatomy
 import stage
 from dataset import window_hu
-from models import AUTOENCODER_WINDOW, Encoded, freeze
+from models import AUTOENCODER_WINDOW, Encoded, freeze, misfits
 
 LESION_WEIGHT = 10.0  # of the lesion mask's own MSE, as the paper on simulated low dose for stroke has it
 
@@ -380,12 +380,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], source: Path | str) -> None:
     """Load every weight by name and shape. Raises InputError naming the first that do not fit."""
-    wanted = network.state_dict()
-    wrong = [
-        key
-        for key in {**wanted, **state}
-        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
-    ]
+    wrong = misfits(network, state)
     if wrong:
         raise stage.InputError(
             f"{source}: {len(wrong)} weights do not fit, {', '.join(wrong[:3])}"

@@ -11,7 +11,7 @@ import functools
 import importlib
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -934,3 +934,13 @@ def build_model(name: str, **kwargs: Any) -> nn.Module:
     if name not in networks:
         raise ValueError(f"model {name!r}: must be one of {', '.join(networks)}")
     return networks[name](**kwargs)
+
+
+def misfits(network: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of weights that the network or the state lacks, or that have another shape there."""
+    wanted = network.state_dict()
+    return [
+        key
+        for key in {**wanted, **state}
+        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
+    ]
