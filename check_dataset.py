@@ -22,6 +22,7 @@ import numpy as np
 import stage
 from anatomy import LESION_CLASSES
 from dataset import (
+    BRAIN_WINDOW,
     LABELS,
     PACK_FORMAT,
     SPLITS,
@@ -32,7 +33,6 @@ from dataset import (
     read_slices,
 )
 from display import radiological, to_grey
-from models import BRAIN_WINDOW
 from volumes import ASSUMED_HU, hu_fault
 
 matplotlib.use("Agg")

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 import stage
-from models import build_model, misfits
+from models import build_model
+from weights import misfits
 
 FORMAT = 1
 TRAINED_BY = {"denoiser": "train_denoiser.py", "classifier": "train_classifier.py"}

@@ -34,6 +34,8 @@ LABELS = (*LESION_CLASSES[:5], "any", "ischemia")
 
 # ---------------------------------------------------------------- windows
 
+BRAIN_WINDOW = (40.0, 80.0)  # centre and width in HU: the window in which head CT is read
+
 
 def window_hu(hu, center: float, width: float, *, clip: bool = True):
     """HU -> 0..1 over the window center +- width / 2 (linear beyond it if clip is False).

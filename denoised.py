@@ -21,6 +21,7 @@ import metrics
 import stage
 import training
 from dataset import (
+    BRAIN_WINDOW,
     Pack,
     load_pack,
     native_size,
@@ -34,7 +35,7 @@ from display import NOTICE, enlarge, radiological, to_grey
 from dose import DOSE_MODELS
 from inference import ROUTINE_NOISE_HU, Network, check_patients, denoise, load_denoiser
 from low_dose import LowDose, check_doses, evaluation_seed, noise_level, simulate_scan
-from models import BRAIN_WINDOW, CLASSICAL, build_model
+from models import CLASSICAL, build_model
 from slice_files import write_npz
 from volumes import AIR_HU, MAX_HU, measured_scan
 

@@ -13,7 +13,8 @@ from torch import nn
 import anatomy
 import stage
 from dataset import window_hu
-from models import AUTOENCODER_WINDOW, Encoded, freeze, misfits
+from denoisers import AUTOENCODER_WINDOW, Encoded, freeze
+from weights import load_weights, read_weights
 
 LESION_WEIGHT = 10.0  # of the lesion mask's own MSE, as the paper on simulated low dose for stroke has it
 
@@ -301,11 +302,11 @@ class VGG19Features(nn.Module):
                     f"vgg19: its weights cannot be downloaded, {error} (give them as a file)"
                 ) from None
         else:
-            state = _read_weights(weights)
+            state = read_weights(weights)
         source = weights or "vgg19"
         state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
         layers = vgg.make_layers(vgg.cfgs["E"], batch_norm=False)
-        _load_weights(nn.ModuleDict({"features": layers}), state, source)
+        load_weights(nn.ModuleDict({"features": layers}), state, source)
         self.layers = layers[: self.LAYERS]
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("sd", torch.tensor(IMAGENET_SD)[:, None, None])
@@ -341,7 +342,7 @@ class RadImageNetFeatures(nn.Module):
                 "radimagenet: needs its weights as a file (ResNet50.pt from github.com/BMEII-AI/RadImageNet)"
             )
         state = {}
-        for key, value in _read_weights(weights).items():
+        for key, value in read_weights(weights).items():
             place = ".".join(key.split(".")[:2])
             state[RADIMAGENET_NAMES.get(place, place) + key[len(place) :]] = value
         network = resnet50(weights=None)
@@ -349,7 +350,7 @@ class RadImageNetFeatures(nn.Module):
         for key, value in network.state_dict().items():
             if key.endswith("num_batches_tracked"):  # a counter that eval mode does not read
                 state.setdefault(key, value)
-        _load_weights(network, state, weights)
+        load_weights(network, state, weights)
         self.stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
         self.layers = nn.ModuleList([network.layer1, network.layer2, network.layer3])
         freeze(self)
@@ -363,30 +364,6 @@ class RadImageNetFeatures(nn.Module):
             x = layer(x)
             maps.append(x)
         return maps
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    path = Path(path)
-    if not path.is_file():
-        raise stage.InputError(f"{path}: no such file (weights of a perceptual network)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 torch's own text would advise an unsafe load
-        raise stage.InputError(f"{path}: not a file of weights, or it holds more than numbers") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise stage.InputError(f"{path}: not a plain file of weights (a dict of tensors is needed)")
-    return state
-
-
-def _load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], source: Path | str) -> None:
-    """Load every weight by name and shape. Raises InputError naming the first that do not fit."""
-    wrong = misfits(network, state)
-    if wrong:
-        raise stage.InputError(
-            f"{source}: {len(wrong)} weights do not fit, {', '.join(wrong[:3])}"
-            f"{' ...' if len(wrong) > 3 else ''} (another network's file?)"
-        )
-    network.load_state_dict(state)
 
 
 PERCEPTUAL: dict[str, Callable[[Path | None], nn.Module]] = {

@@ -22,7 +22,7 @@ import checkpoints
 import metrics
 import stage
 import training
-from dataset import fit_to_square, square_pixel_mm
+from dataset import BRAIN_WINDOW, fit_to_square, square_pixel_mm
 from display import NOTICE, radiological
 from dose import DOSE_MODELS, SIMULATED
 from inference import (
@@ -34,7 +34,6 @@ from inference import (
     load_denoiser,
 )
 from low_dose import evaluation_seed, noise_level, simulate_scan
-from models import BRAIN_WINDOW
 from scans import READERS, read_scan
 from volumes import AIR_HU, Scan, ScanError, write_nifti
 

@@ -20,6 +20,7 @@ import metrics
 import stage
 import training
 from dataset import (
+    BRAIN_WINDOW,
     LABELS,
     TASKS,
     Batch,
@@ -32,7 +33,7 @@ from dataset import (
 from inference import classify, denoise, load_classifier, load_denoiser
 from losses import masked_bce_loss
 from low_dose import LowDose, check_doses
-from models import BRAIN_WINDOW, CLASSIFIERS, build_model
+from models import CLASSIFIERS, build_model
 
 INPUTS = ("clean", "noisy", "denoised")
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run

@@ -11,8 +11,8 @@ from torch import nn
 import anatomy
 import losses
 import phantom
+from denoisers import Encoded
 from losses import LESION_WEIGHT, LOSSES, AnatomyAwareLoss, masked_bce_loss, rmse_loss
-from models import Encoded
 from stage import InputError
 
 

@@ -22,8 +22,18 @@ ORDER = (  # each imports only from its left
     *("stage", "tomography", "dose", "anatomy", "artifacts", "metrics", "phantom"),
     *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_sets"),
     *("nifti_series", "array_sets", "picture_sets", "scans"),
-    *("dataset", "low_dose", "models", "losses", "checkpoints", "runs", "training", "inference", "display"),
-    "denoised",
+    *(
+        "dataset",
+        "low_dose",
+        "weights",
+        "denoisers",
+        "classical",
+        "tiling",
+        "classifiers",
+        "models",
+        "losses",
+    ),
+    *("losses", "checkpoints", "runs", "training", "inference", "display", "denoised"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import checkpoints
-import models
-from models import CLASSICAL, CLASSIFIERS, DENOISERS, PRESETS, build_model, tiled
+import denoisers
+from models import CLASSICAL, DENOISERS, PRESETS, build_model
 from stage import InputError
+from tiling import tiled
 
 TINY = {
     "unet": {"widths": [4, 8, 16]},
@@ -18,7 +19,6 @@ TINY = {
     "redcnn": {"width": 4},
     "autoencoder": {"width": 4, "pool_size": 32},
     "student": {"width": 4, "pool_size": 32, "dose_aware": False},
-    "resnet18": {"width": 4},
 }
 RESIDUAL = ("unet", "nafnet", "redcnn")  # they predict the noise, and none of it before training
 # Every network in every form that the stages can ask for
@@ -26,7 +26,7 @@ FORMS = {
     **{name: (name, TINY[name]) for name in DENOISERS},
     **{
         f"student-{kind}": ("student", {"width": 4, "encoder": kind, "dose_aware": False})
-        for kind in models.AUTOENCODERS
+        for kind in denoisers.AUTOENCODERS
     },
     "nafnet-global": ("nafnet", TINY["nafnet"] | {"pool_size": None}),
 }
@@ -207,7 +207,7 @@ def test_unet_keeps_the_parameter_names_of_earlier_checkpoints():
 
 def test_layer_norm_2d_is_that_of_torch_over_the_channels():
     torch.manual_seed(0)
-    norm = models.LayerNorm2d(6)
+    norm = denoisers.LayerNorm2d(6)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 6, 5, 4)
@@ -219,7 +219,7 @@ def test_layer_norm_2d_is_that_of_torch_over_the_channels():
 
 def test_naf_block_is_the_papers_formula():
     torch.manual_seed(0)
-    block = models.NAFBlock(4, pool_size=None)
+    block = denoisers.NAFBlock(4, pool_size=None)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(2, 4, 6, 7)
@@ -234,12 +234,12 @@ def test_naf_block_is_the_papers_formula():
 
 def test_untrained_naf_block_is_the_identity():
     x = torch.randn(1, 4, 8, 8)
-    assert torch.equal(models.NAFBlock(4, pool_size=8)(x), x)
+    assert torch.equal(denoisers.NAFBlock(4, pool_size=8)(x), x)
 
 
 def test_window_means_of_a_ramp_are_the_ramp_at_the_windows_centres():
     x = torch.arange(64.0).expand(1, 1, 48, 64)
-    means = models._spread(models._window_means(x, 16), (48, 64), 16)
+    means = denoisers._spread(denoisers._window_means(x, 16), (48, 64), 16)
     assert means.shape == x.shape
     # a window of 16 pixels has no middle pixel, and near the border it stays inside
     wanted = (torch.arange(64.0) + 0.5).clamp(7.5, 55.5)
@@ -249,7 +249,7 @@ def test_window_means_of_a_ramp_are_the_ramp_at_the_windows_centres():
 def test_window_means_of_a_training_crop_are_its_mean():
     x = torch.randn(2, 3, 16, 16)
     for size in (16, 40, None):
-        assert torch.equal(models._window_means(x, size), x.mean((2, 3), keepdim=True))
+        assert torch.equal(denoisers._window_means(x, size), x.mean((2, 3), keepdim=True))
 
 
 def nafnet_error_of_a_crop(pool_size):
@@ -332,7 +332,7 @@ def test_encoders_give_a_latent_and_four_feature_maps_from_fine_to_coarse(kind, 
     assert output.shape == (1, 1, 32, 48)
 
 
-@pytest.mark.parametrize("kind", models.AUTOENCODERS)
+@pytest.mark.parametrize("kind", denoisers.AUTOENCODERS)
 def test_autoencoder_forward_is_encode_and_decode_and_tells_both_on_request(kind):
     model = network(f"student-{kind}-dose")
     hu, sigma = scan(model, 32, 32), sigmas(5, 20)
@@ -345,7 +345,7 @@ def test_autoencoder_forward_is_encode_and_decode_and_tells_both_on_request(kind
     assert all(torch.equal(a, b) for a, b in zip(found.features, features, strict=True))
 
 
-@pytest.mark.parametrize("kind", models.AUTOENCODERS)
+@pytest.mark.parametrize("kind", denoisers.AUTOENCODERS)
 def test_only_the_unets_decoder_uses_the_skips(kind):
     model = network(f"student-{kind}")
     latent, features = model.encode(scan(model, 32, 32))
@@ -376,10 +376,10 @@ def test_dose_conditioning_is_in_the_students_encoder_only():
     assert build_model("student", width=4).dose_aware
 
 
-@pytest.mark.parametrize("kind", models.AUTOENCODERS)
+@pytest.mark.parametrize("kind", denoisers.AUTOENCODERS)
 def test_a_student_trained_behind_its_teachers_decoder_leaves_it_bit_for_bit(kind):
     teacher, student = network(f"student-{kind}", seed=1), network(f"student-{kind}-dose", seed=2)
-    models.adopt_decoder(student, teacher)
+    denoisers.adopt_decoder(student, teacher)
     before = copy.deepcopy(teacher.decoder.state_dict())
     encoder = copy.deepcopy(student.encoder.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), 1e-2, weight_decay=0.1)
@@ -399,12 +399,12 @@ def test_adopt_decoder_refuses_a_teacher_of_another_kind():
     student = build_model("student", width=4)
     for other in ({"encoder": "resnet"}, {"width": 8}, {"window": [0.0, 1000.0]}):
         with pytest.raises(ValueError, match="same encoder kind"):
-            models.adopt_decoder(student, build_model("autoencoder", **{"width": 4} | other))
+            denoisers.adopt_decoder(student, build_model("autoencoder", **{"width": 4} | other))
 
 
 def test_frozen_module_stays_in_eval_with_its_buffers_when_its_parent_trains():
     part = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.5)))
-    whole = nn.Sequential(models.freeze(part), nn.BatchNorm2d(2))
+    whole = nn.Sequential(denoisers.freeze(part), nn.BatchNorm2d(2))
     for parent in (whole, copy.deepcopy(whole), nn.SyncBatchNorm.convert_sync_batchnorm(whole)):
         parent.train()
         part = parent[0]
@@ -553,7 +553,7 @@ def test_tiles_that_cannot_be_joined_are_refused(tile, overlap):
         tiled(Local(1), torch.zeros(1, 1, 128, 128), tile=tile, overlap=overlap)
 
 
-# ---------------------------------------------------------------- presets and classifiers
+# ---------------------------------------------------------------- presets
 
 
 def test_every_denoiser_has_a_preset_for_cpu_and_gpu_and_every_preset_can_be_built():
@@ -564,41 +564,6 @@ def test_every_denoiser_has_a_preset_for_cpu_and_gpu_and_every_preset_can_be_bui
         for model, kwargs in PRESETS.values():
             assert json.loads(json.dumps(kwargs)) == kwargs
             assert parameters(build_model(model, **kwargs)) > 1000
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_classifier_can_be_built_tiny_and_learns_one_step(name):
-    torch.manual_seed(0)
-    model = build_model(name, **TINY[name])
-    out = model(torch.randn(2, 1, 32, 32) * 100)
-    out.square().mean().backward()
-    assert out.isfinite().all()
-    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-@pytest.mark.parametrize("shape", [(33, 47), (128, 128)])
-def test_every_classifier_gives_one_logit_per_class_for_any_size(name, shape):
-    model = build_model(name, classes=["a", "b", "c"], **TINY[name]).eval()
-    assert model(torch.randn(2, 1, *shape)).shape == (2, 3)
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_classifier_sees_its_own_window_and_nothing_beyond(name):
-    model = build_model(name, **TINY[name], window=(40.0, 80.0)).eval()
-    hu = torch.randn(2, 1, 40, 40) * 200
-    torch.testing.assert_close(model(hu), model(hu.clamp(0, 80)))
-
-
-def test_resnet18_has_the_parameters_of_torchvisions_with_one_channel():
-    torchvision = pytest.importorskip("torchvision")
-    oracle = torchvision.models.resnet18(num_classes=1)
-    oracle.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    ours = build_model("resnet18")
-    ours.load_state_dict(oracle.state_dict())
-    ours.window = (0.0, 2.0)
-    x = torch.rand(1, 1, 64, 64) * 2 - 1  # what the first convolution sees: (x - 0 + 1) / 2 * 2 - 1 = x
-    torch.testing.assert_close(ours.eval()(x), oracle.eval()(x))
 
 
 def test_build_model_of_an_unknown_name_lists_the_choices():
