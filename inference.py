@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 import checkpoints
 import stage
 from dataset import neighbours, to_tensor
+from tiling import tiled
 
 # Pipelines by what a classifier was trained on: (on the low dose itself, after the denoiser)
 PIPELINES = {"clean": ("1", "2"), "noisy": ("1n", None), "denoised": (None, "2d")}
@@ -37,8 +39,10 @@ class Network:
     facts: dict
 
 
-def _batches(volume: np.ndarray) -> range:
-    return range(0, len(volume), max(1, PIXELS_AT_ONCE // (volume.shape[1] * volume.shape[2])))
+def _batches(volume: np.ndarray, tile: int | None = None) -> range:
+    rows, columns = volume.shape[1:]
+    pixels = rows * columns if tile is None else min(tile, rows) * min(tile, columns)
+    return range(0, len(volume), max(1, PIXELS_AT_ONCE // pixels))
 
 
 @torch.inference_mode()
@@ -47,22 +51,25 @@ def denoise(
     volume: np.ndarray,
     sigma_hu: float | np.ndarray,
     series_of: np.ndarray | None = None,
+    tile: int | None = None,
 ) -> np.ndarray:
     """Denoise slices. volume: (S, H, W) HU. Returns (S, H, W) float32 HU.
 
     sigma_hu: noise SD, of all or of each, for networks that know the dose. series_of: (S,) ascending, which
-    slices belong together, for networks that see neighbours; None: all."""
+    slices belong together, for networks that see neighbours; None: all. tile: side in pixels of the tiles,
+    where memory is short, see tiling.tiled; None: whole slices."""
     device = next(model.parameters(), torch.empty(0)).device  # the classical methods have none
     levels = torch.from_numpy(np.broadcast_to(np.asarray(sigma_hu, np.float32), len(volume)).copy()).to(
         device
     )
     around = neighbours(np.zeros(len(volume), int) if series_of is None else series_of, model.slices)
     out = np.empty(volume.shape, np.float32)
-    starts = _batches(volume)
+    apply = model if tile is None else functools.partial(tiled, model, tile=tile)
+    starts = _batches(volume, tile)
     for start in starts:
         some = slice(start, start + starts.step)
         batch = torch.from_numpy(volume[around[some]].astype(np.float32)).to(device)
-        out[some] = model(batch, levels[some])[:, 0].cpu().numpy()
+        out[some] = apply(batch, levels[some])[:, 0].cpu().numpy()
     return out
 
 

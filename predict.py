@@ -35,6 +35,7 @@ from inference import (
 )
 from low_dose import evaluation_seed, noise_level, simulate_scan
 from scans import READERS, read_scan
+from tiling import tile_side
 from volumes import AIR_HU, Scan, ScanError, write_nifti
 
 matplotlib.use("Agg")
@@ -69,6 +70,7 @@ def get_parser() -> stage.StageParser:
         "--dose-model", choices=sorted(SIMULATED), help="for --dose (default: as the denoiser was trained)"
     )
     parser.add_argument("--seed", type=stage.natural_int, help="of the noise of --dose (default: 42)")
+    parser.add_argument("--tile", type=tile_side, help="denoise in tiles of this side where memory is short")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
@@ -119,15 +121,19 @@ class Reading(NamedTuple):
     facts: dict
 
 
-def predict(scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None) -> Reading:
-    """Denoise a scan at its own matrix and classify its slices. dose: simulated first, if any."""
+def predict(
+    scan: Scan, denoiser, classifier, facts: dict, dose: Dose | None, tile: int | None = None
+) -> Reading:
+    """Denoise a scan at its own matrix and classify its slices. dose: simulated first, if any.
+
+    tile: see inference.denoise."""
     given, quality = scan.hu, None
     if dose is not None:
         given = _simulate(scan, scan.hu, scan.spacing_mm, dose)
     level = scan.noise_hu if math.isfinite(scan.noise_hu) else ROUTINE_NOISE_HU
     if dose is not None:
         level = noise_level(dose.model, dose.value, scan.noise_hu)
-    denoised = denoise(denoiser, given, level)
+    denoised = denoise(denoiser, given, level, tile=tile)
     denoised[scan.hu == AIR_HU] = AIR_HU  # what was never measured stays so
     if dose is not None:
         brain = anatomy.MASKS[anatomy.DEFAULT_MASK](scan.hu, scan.spacing_mm)
@@ -231,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(str(error))
             stage.log.warning("left out %s", error)
             continue
-        reading = predict(scan, denoiser, classifier, facts, dose)
+        reading = predict(scan, denoiser, classifier, facts, dose, args.tile)
         folder = args.out / scan.series_uid
         folder.mkdir(parents=True, exist_ok=True)
         hu = reading.denoised.round().clip(-32768, 32767).astype(np.int16)

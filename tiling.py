@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+import stage
+
+OVERLAP = (
+    4  # as a share, one in so many: of tiles of 256 pixels 64, of which 21 on each side count for nothing
+)
 TILE_GRID = 16  # tiles begin at multiples of the coarsest level's step, so that all see the same grid
 
 
@@ -17,16 +23,17 @@ def tiled(
     sigma_hu: torch.Tensor | None = None,
     *,
     tile: int = 256,
-    overlap: int = 64,
+    overlap: int | None = None,
 ) -> torch.Tensor:
     """Denoise (B, C, H, W) HU in tiles of tile x tile pixels: (B, 1, H, W), memory as for one tile.
 
-    Neighbours overlap by at least `overlap` pixels. Of these the outer third of a tile counts for nothing, as
-    it is near a border that the slice does not have, and the middle third leads smoothly from one to the
-    other: but for rounding the result is that of the whole slice, where the network reaches no further than
-    overlap / 3 pixels. A slice that fits in one tile is not cut. The attention of NAFNet averages over
-    pool_size pixels, that of CBAM over the whole tile: small tiles change what they see.
+    Neighbours overlap by at least `overlap` pixels (default: a quarter of a tile). Of these the outer third
+    counts for nothing, as it is near a border that the slice does not have, and the middle third leads
+    smoothly from one to the other: but for rounding the result is that of the whole slice, where the network
+    reaches no further than overlap / 3 pixels. A slice that fits in one tile is not cut. The attention of
+    NAFNet averages over pool_size pixels, that of CBAM over the whole tile: small tiles change what they see.
     Raises ValueError unless tile and overlap are multiples of TILE_GRID, and tile at least twice overlap."""
+    overlap = tile // OVERLAP if overlap is None else overlap
     if overlap <= 0 or tile < 2 * overlap or tile % TILE_GRID or overlap % TILE_GRID:
         raise ValueError(
             f"tile {tile}, overlap {overlap}: must be positive multiples of {TILE_GRID}, "
@@ -40,6 +47,14 @@ def tiled(
         ]
         strips.append(_joined(parts, columns, overlap, dim=3))
     return _joined(strips, rows, overlap, dim=2)
+
+
+def tile_side(text: str) -> int:
+    """A side of tiles on a command line, in pixels. Raises ArgumentTypeError unless tiled takes it."""
+    side = stage.positive_int(text)
+    if side % (OVERLAP * TILE_GRID):
+        raise argparse.ArgumentTypeError(f"{side}: must be a multiple of {OVERLAP * TILE_GRID}")
+    return side
 
 
 def _tile_starts(side: int, tile: int, overlap: int) -> list[int]:

@@ -42,7 +42,7 @@ from display import to_grey
 from inference import denoise, load_denoiser
 from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss
 from low_dose import LowDose, check_doses
-from models import CLASSICAL, DENOISERS, build_model
+from models import CLASSICAL, DENOISERS, PRESETS, build_model
 
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
 WIDTHS = [64, 128, 256]  # of the paper on simulated low dose for stroke
@@ -83,7 +83,12 @@ def get_parser() -> stage.StageParser:
     )
     parser.add_argument("--crop", type=stage.positive_int, help="train on crops of this side (default: none)")
     group = parser.add_argument_group("network")
-    group.add_argument("--model", choices=sorted(DENOISERS), default="unet", help="(default: unet)")
+    group.add_argument(
+        "--model",
+        choices=[*sorted(DENOISERS), *(name for name, (model, _) in PRESETS.items() if model in DENOISERS)],
+        default="unet",
+        help="a network, or one at a size for small (-cpu) or large machines (-gpu) (default: unet)",
+    )
     group.add_argument("--widths", type=stage.positive_int, nargs="+", help="unet: channels per level")
     group.add_argument("--width", type=stage.positive_int, help="the others: channels at full resolution")
     group.add_argument(
@@ -185,21 +190,25 @@ def export_denoised(args: argparse.Namespace) -> None:
     )
 
 
-def shape(args: argparse.Namespace, size: int) -> dict:
-    """The network's own arguments. Raises InputError for an option that another network has."""
+def shape(args: argparse.Namespace, size: int) -> tuple[str, dict]:
+    """(network, its own arguments), from the options and what they leave from the preset.
+
+    Raises InputError for an option that another network has."""
+    model, preset = PRESETS.get(args.model, (args.model, {}))
     known = {name for names in SHAPED_BY.values() for name in names}
     kwargs = {name: getattr(args, name) for name in sorted(known) if getattr(args, name) is not None}
     for name in kwargs:
-        if name not in SHAPED_BY[args.model]:
-            takes = ", ".join(model for model, names in SHAPED_BY.items() if name in names)
+        if name not in SHAPED_BY[model]:
+            takes = ", ".join(other for other, names in SHAPED_BY.items() if name in names)
             raise stage.InputError(f"--{name.replace('_', '-')}: only for --model {takes} (leave it out)")
-    has_encoder = "encoder" in SHAPED_BY[args.model]
+    kwargs = preset | kwargs
+    has_encoder = "encoder" in SHAPED_BY[model]
     kwargs["window"] = list(AUTOENCODER_WINDOW if has_encoder else SOFT_WINDOW)
-    if args.model == "unet":
+    if model == "unet":
         kwargs.setdefault("widths", WIDTHS)
-    if args.model == "nafnet" or (has_encoder and kwargs.get("encoder", "nafnet") == "nafnet"):
+    if model == "nafnet" or (has_encoder and kwargs.get("encoder", "nafnet") == "nafnet"):
         kwargs["pool_size"] = args.crop or size  # its attention averages over what it was trained on
-    return kwargs
+    return model, kwargs
 
 
 # ---------------------------------------------------------------- validation and pictures
@@ -350,7 +359,8 @@ def fit(
 
 def train_plain(args: argparse.Namespace, data: Data, device: torch.device) -> None:
     """One network that learns its target from low dose."""
-    name, kwargs = args.loss or "rmse", shape(args, data.train.size)
+    model, kwargs = shape(args, data.train.size)
+    name = args.loss or "rmse"
     loss, slices = LOSSES[name], kwargs.get("slices", 1)
     if name == "lesion-mse" and data.train.mask is None:
         raise stage.InputError("--loss lesion-mse: these data have no lesion masks (choose another)")
@@ -359,14 +369,15 @@ def train_plain(args: argparse.Namespace, data: Data, device: torch.device) -> N
         low, sigma, target, _ = data.views(batch, slices)
         return loss(network(low, sigma), target, data.mask(batch))
 
-    fit(args, data, device, model=args.model, kwargs=kwargs, loss_fn=loss_fn)
+    fit(args, data, device, model=model, kwargs=kwargs, loss_fn=loss_fn)
 
 
 def train_student(args: argparse.Namespace, data: Data, device: torch.device) -> None:
     """Teacher on full dose, unless there is one; then an encoder for low dose before its frozen decoder.
 
     Source: "Anatomy-Aware CT Scan Denoising"."""
-    kwargs = {"encoder": "nafnet", "dose_aware": True} | shape(args, data.train.size)
+    _, kwargs = shape(args, data.train.size)
+    kwargs = {"encoder": "nafnet", "dose_aware": True} | kwargs
     given = {name: getattr(args, option) for option, (name, _) in STUDENT_WEIGHTS.items()}
     weights = AnatomyAwareLoss.__init__.__kwdefaults__ | {k: v for k, v in given.items() if v is not None}
     perceptual = None
@@ -430,6 +441,11 @@ def train_teacher(
     )
 
 
+def is_student(args: argparse.Namespace) -> bool:
+    """Whether the anatomy-aware system is asked for, which has two stages."""
+    return PRESETS.get(args.model, (args.model,))[0] == "student"
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Refuse options that would have no effect. Raises InputError."""
     own = [
@@ -440,7 +456,7 @@ def check_options(args: argparse.Namespace) -> None:
         "perceptual_weights",
         *STUDENT_WEIGHTS,
     ]
-    if args.model != "student":
+    if not is_student(args):
         unused = [name for name in own if getattr(args, name) is not None]
         if unused:
             raise stage.InputError(
@@ -479,7 +495,7 @@ def main(argv: list[str] | None = None) -> None:
     doses = check_doses(args.dose_model or training.DOSE_MODEL, args.doses)
     for one, some in each_run(args, doses):
         data = Data(one, device, some)
-        (train_student if one.model == "student" else train_plain)(one, data, device)
+        (train_student if is_student(one) else train_plain)(one, data, device)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import importlib
 import json
@@ -9,9 +10,10 @@ from torch import nn
 
 import checkpoints
 import denoisers
+from inference import denoise
 from models import CLASSICAL, DENOISERS, PRESETS, build_model
 from stage import InputError
-from tiling import tiled
+from tiling import tile_side, tiled
 
 TINY = {
     "unet": {"widths": [4, 8, 16]},
@@ -545,6 +547,24 @@ def test_tiles_of_a_network_are_near_the_whole_slice(form):
     assert joined.shape == whole.shape
     change = (whole - model_input_part(form, hu)).square().mean().sqrt()
     assert (joined - whole).square().mean().sqrt() < 0.05 * change
+
+
+def test_denoise_in_tiles_never_shows_the_network_more_than_a_tile_and_joins_them():
+    model = Local(4)
+    model.slices = 1
+    volume = scan(model, 150, 200, batch=3)[:, 0].numpy()
+    whole = denoise(model, volume, 5.0)
+    model.calls.clear()
+    tiles = denoise(model, volume, 5.0, tile=64)
+    assert max(max(shape) for shape in model.calls) == 64
+    np.testing.assert_allclose(tiles, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("words", ["100", "0", "-64"])
+def test_a_side_that_no_tile_can_have_is_refused_on_the_command_line(words):
+    with pytest.raises(argparse.ArgumentTypeError):
+        tile_side(words)
+    assert tile_side("128") == 128
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(64, 0), (64, 48), (100, 16), (64, 20)])

@@ -235,7 +235,19 @@ def test_predict_denoises_every_slice_where_it_lies_and_reads_it(trained, phanto
     content = checkpoints.load(models / "denoiser.pt", "denoiser")
     content["state"]["head.bias"] += 0.1  # 5 HU: two toy epochs change less than the rounding to whole HU
     checkpoints.save(models / "denoiser.pt", content)
-    call(predict, "--input", folder, "--models", models, "--out", tmp_path / "out", "--device", "cpu")
+    call(
+        predict,
+        "--input",
+        folder,
+        "--models",
+        models,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--tile",
+        64,
+    )
     (out,) = (tmp_path / "out").iterdir()
     network, _ = load_denoiser(models / "denoiser.pt")
     assert np.abs(denoise(network, made.hu, 10.0) - made.hu).mean() > 1

@@ -1,0 +1,412 @@
+"""Denoisers trained alike and measured alike, on phantoms and on a real head that none of them has seen.
+
+    OMP_NUM_THREADS=1 python benchmarks/denoisers.py
+    OMP_NUM_THREADS=1 python benchmarks/denoisers.py --real HEAD_OF_DICOM_FILES
+    python benchmarks/denoisers.py --size-of gpu --images 400000 --patients 400 --device cuda
+
+Run it in the folder of the project. Each network learns from the same phantom patients, on crops of 128 x 128
+with the projection model: once from the same number of images, once for the same wall time; the best on
+validation also as one network a dose. What was trained or measured is kept in --work, and a run that was
+stopped goes on where it was. Scored on test patients against the noise-free truth (the real head: against the
+scan itself, which has its own noise) at doses that were trained and at one that was not. Prints tables and
+writes results/benchmark_denoisers.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import anatomy
+import checkpoints
+import metrics
+import stage
+import training
+from dataset import Pack, load_pack
+from inference import denoise, load_denoiser
+from low_dose import LowDose
+from models import CLASSICAL, PRESETS, build_model
+from runs import peak_memory
+
+DOSE_MODEL = "projection"
+TRAINED = (0.7, 0.5, 0.25, 0.1, 0.05)
+DOSES = (0.7, 0.5, 0.25, 0.15, 0.1, 0.05)  # 0.15 was never trained
+SIZE, SLICES, CROP, BATCH = 256, 6, 128, 8
+# best of three after 1,656 crops, by the RMSE on validation patients
+LEARNING_RATES = {"unet": 2e-3, "nafnet": 4e-3, "redcnn": 1e-3, "student": 1e-3, "autoencoder": 1e-3}
+STRENGTHS = (0.7, 1.0, 1.5, 2.0, 3.0)  # of the classical ones: the best on validation is taken
+NOISE_SEEDS = (1, 2)  # the second one only tells noise from error
+TWICE = 4  # patients who are seen under both
+WIDE_HU = (-1000.0, 1000.0)
+BLOCK = 32  # pixels a side: blocks of brain in which the noise power spectrum is taken
+BLOOD = range(1, 6)  # mask classes
+INFARCT = 6
+
+
+class Run(NamedTuple):
+    """One training. of: the preset. images: crops that it learns from. dose: the only one, if it has one."""
+
+    name: str
+    of: str
+    images: int
+    dose: float | None = None
+
+
+# ---------------------------------------------------------------- data and training
+
+
+def stage_command(*words: object) -> None:
+    """Run a stage of the pipeline as a user would. Raises CalledProcessError if it fails."""
+    subprocess.run([sys.executable, *map(str, words)], check=True, stdout=sys.stderr)
+
+
+def prepare(work: Path, patients: int) -> Path:
+    data = work / "dataset"
+    if not (data / "splits.json").exists():
+        options = ("--patients", patients, "--size", SIZE, "--slices", SLICES, "--seed", 42)
+        stage_command("prepare_dataset.py", "--source", "phantom", *options, "--out", data)
+        stage_command("split_dataset.py", "--data", data, "--fractions", 0.72, 0.11, 0.17)
+    return data
+
+
+def prepare_real(work: Path, head: Path) -> Path:
+    data = work / "real"
+    if not (data / "splits.json").exists():
+        stage_command("prepare_dataset.py", "--source", "dicom", "--input", head.resolve(), "--out", data)
+        stage_command("split_dataset.py", "--data", data, "--fractions", 0, 0, 1)
+    return data
+
+
+def train(run: Run, data: Path, models: Path, slices: int, device: str) -> Path:
+    """Train one network, or find it trained. slices: of the training patients."""
+    path, model = models / f"{run.name}.pt", PRESETS[run.of][0]
+    epochs = max(1, round(run.images / slices))
+    options = ["--data", data, "--out", models, "--name", run.name, "--model", run.of, "--resume"]
+    options += ["--lr", LEARNING_RATES[model], "--crop", CROP, "--batch-size", BATCH, "--device", device]
+    options += ["--dose-model", DOSE_MODEL, "--doses", *(TRAINED if run.dose is None else [run.dose])]
+    if model == "student":  # each of its two networks learns from as many images as the others
+        options += ["--lam-perc", 0, "--epochs-teacher", epochs, "--epochs-student", epochs]
+    else:
+        options += ["--epochs", epochs]
+    stage_command("train_denoiser.py", *options)
+    return path
+
+
+def logged(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- cost
+
+
+def giga_macs(model: torch.nn.Module, side: int = 512) -> float:
+    """Multiply-adds for one slice of side x side, in 10^9."""
+    hu = torch.zeros(1, model.slices, side, side, device="meta")
+    sigma = torch.ones(1, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.to("meta")(hu, sigma)
+    return counter.get_total_flops() / 2e9
+
+
+def cost(path: Path, device: torch.device) -> dict[str, float]:
+    """Parameters, GMAC at 512 x 512, images/s of the training, slices/s at 512 x 512, peak memory in GB."""
+    model, facts = load_denoiser(path, device)
+    volume = np.full((2 if device.type == "cpu" else 32, 512, 512), 30, np.float32)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        denoise(model, volume, 10.0)
+        times.append(time.perf_counter() - began)
+    used = peak_memory(device)["memory_gb"]
+    fresh = build_model(facts["model"]["name"], **facts["model"]["kwargs"])
+    epochs = logged(path)
+    return {
+        "parameters": sum(value.numel() for value in fresh.parameters()),
+        "gmac": giga_macs(fresh),
+        "train_images_per_s": max(epoch["images_per_s"] for epoch in epochs),
+        "train_memory_gb": max(epoch["memory_gb"] for epoch in epochs),
+        "slices_per_s": len(volume) / min(times),
+        "inference_memory_gb": used,
+    }
+
+
+def alone(function: Callable[..., dict], *arguments: object) -> dict:
+    """A call in a process of its own, whose peak memory is that of the call."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+# ---------------------------------------------------------------- quality
+
+
+class Test:
+    """Slices to be denoised at every dose, and what they are measured against."""
+
+    def __init__(self, pack: Pack, every: int = 1):
+        self.pack, self.rows = pack, np.arange(0, len(pack), every)
+        source = LowDose(pack, DOSE_MODEL, DOSES)
+        self.reference = (pack.image if pack.truth is None else pack.truth)[self.rows].astype(np.float32)
+        self.brain = pack.masks(anatomy.brain_mask)[self.rows]
+        self.classes = pack.masks(anatomy.tissue_classes)[self.rows]
+        self.lesions = None if pack.mask is None else np.asarray(pack.mask[self.rows])
+        self.patients = pack.patient_ids()[self.rows]
+        self.series_of = pack.series_of[self.rows]
+        self.twice = np.isin(self.patients, np.unique(self.patients)[:TWICE])
+        self.levels, self.noisy, self.again = {}, {}, {}
+        for dose in stage.progress(DOSES, desc="simulate"):
+            same = [dose] * len(self.rows)
+            self.levels[dose] = source.levels(self.rows, same)
+            self.noisy[dose] = source.evaluation(self.rows, same, NOISE_SEEDS[0])
+            some = self.rows[self.twice]
+            self.again[dose] = source.evaluation(some, [dose] * len(some), NOISE_SEEDS[1])
+        self.noise = {
+            dose: (self.noisy[dose][self.twice] - self.again[dose]) / math.sqrt(2) for dose in DOSES
+        }
+
+
+Apply = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (noisy, levels, series) -> denoised
+
+
+def quality(test: Test, apply: Apply, dose: float) -> dict[str, float]:
+    """The figures of one denoiser at one dose; means over patients where they are of images."""
+    noisy, levels, twice = test.noisy[dose], test.levels[dose], test.twice
+    output = apply(noisy, levels, test.series_of)
+    again = apply(test.again[dose], levels[twice], test.series_of[twice])
+    found = metrics.image_quality(output, test.reference, test.brain, test.patients)
+    wide = []
+    for image, target in zip(output.clip(*WIDE_HU), test.reference.clip(*WIDE_HU), strict=True):
+        span = {"data_range": WIDE_HU[1] - WIDE_HU[0]}
+        ssim = structural_similarity(target, image, gaussian_weights=True, **span)
+        wide.append((peak_signal_noise_ratio(target, image, **span), ssim))
+    found["psnr_wide"], found["ssim_wide"] = np.mean(wide, axis=0).tolist()
+    error = output - test.reference
+    places = {name: test.classes == anatomy.TISSUES[name] for name in ("brain", "csf", "bone")}
+    if test.lesions is not None:
+        places |= {"blood": np.isin(test.lesions, BLOOD), "infarct": test.lesions == INFARCT}
+    for name, place in places.items():
+        found[f"bias_{name}"] = float(error[place].mean(dtype=np.float64)) if place.any() else math.nan
+    noise, before, brain = (output[twice] - again) / math.sqrt(2), test.noise[dose], test.brain[twice]
+    found["noise_ratio"] = float(noise[brain].std() / before[brain].std())
+    found["spectrum"] = spectrum_distance(noise, before, brain)
+    return found
+
+
+def power_spectrum(noise: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Noise power by radial frequency, of sum 1: mean over the blocks that lie wholly inside the mask.
+
+    noise, inside: (S, H, W). Returns (BLOCK / 2,) from the lowest frequency above 0 to Nyquist's."""
+
+    def blocks(images: np.ndarray) -> np.ndarray:
+        count, rows, columns = images.shape
+        cut = images[:, : rows - rows % BLOCK, : columns - columns % BLOCK]
+        cut = cut.reshape(count, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+        return cut.transpose(0, 1, 3, 2, 4).reshape(-1, BLOCK, BLOCK)
+
+    chosen = blocks(noise)[blocks(inside).all((1, 2))]
+    chosen = chosen - chosen.mean((1, 2), keepdims=True)
+    power = np.square(np.abs(np.fft.fft2(chosen))).mean(0)
+    frequency = np.fft.fftfreq(BLOCK) * BLOCK
+    radius = np.hypot(frequency[:, None], frequency).round().astype(int).ravel()
+    radial = np.bincount(radius, power.ravel())[1 : BLOCK // 2 + 1]
+    return radial / radial.sum()
+
+
+def spectrum_distance(noise: np.ndarray, other: np.ndarray, inside: np.ndarray) -> float:
+    """Share of noise power that lies at another radial frequency: 0 for the same texture, 1 for none."""
+    return float(np.abs(power_spectrum(noise, inside) - power_spectrum(other, inside)).sum() / 2)
+
+
+# ---------------------------------------------------------------- denoisers as functions
+
+
+def network(path: Path, device: torch.device) -> Apply:
+    model, _ = load_denoiser(path, device)
+    return lambda noisy, levels, series: denoise(model, noisy, levels, series)
+
+
+def per_dose(paths: dict[float, Path], device: torch.device, dose: float) -> Apply:
+    """The network of a dose; at a dose without one, that of the nearest noise level."""
+    nearest = min(paths, key=lambda known: abs(math.log(known / dose)))
+    return network(paths[nearest], device)
+
+
+def classical(name: str, strength: float) -> Apply:
+    model = build_model(name, strength=strength)
+    return lambda noisy, levels, series: denoise(model, noisy, levels, series)
+
+
+def tuned_strength(name: str, pack: Pack) -> float:
+    """Of STRENGTHS, that with the lowest RMSE in the brain on validation slices, each at a dose in turn."""
+    rows = np.linspace(0, len(pack) - 1, 10).round().astype(int)
+    source, turns = LowDose(pack, DOSE_MODEL, TRAINED), [TRAINED[n % len(TRAINED)] for n in range(10)]
+    noisy, levels = source.evaluation(rows, turns, 0), source.levels(rows, turns)
+    inside, truth = pack.masks(anatomy.brain_mask)[rows], pack.truth[rows]
+    errors = {}
+    for strength in STRENGTHS:
+        output = classical(name, strength)(noisy, levels, np.arange(10))
+        errors[strength] = np.mean(
+            [metrics.rmse_hu(*three) for three in zip(output, truth, inside, strict=True)]
+        )
+    return min(errors, key=errors.get)
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def kept(path: Path, key: object, make: Callable[[], dict]) -> dict:
+    """What make gave for this key, from an earlier run where there is one."""
+    key = stage.plain(key)
+    if path.exists() and (known := json.loads(path.read_text()))["key"] == key:
+        return known["value"]
+    value = make()
+    stage.write_json(path, {"key": key, "value": value})
+    return json.loads(path.read_text())["value"]
+
+
+def runs_of(names: list[str], images: int, seconds: float, models: Path) -> Iterator[Run]:
+    """The trainings, one after the other: those for a wall time need the speed of those before."""
+    for name in names:
+        yield Run(name, name, images)
+    for name in names:
+        speed = max(epoch["images_per_s"] for epoch in logged(models / f"{name}.pt"))
+        stages = 2 if PRESETS[name][0] == "student" else 1
+        yield Run(f"{name}.time", name, round(seconds * speed / stages))
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> None:
+    width = max(len(str(row["name"])) for row in rows)
+    print(f"{'':{width}}  " + "  ".join(f"{title:>8}" for title in columns.values()))
+    for row in rows:
+        cells = "  ".join(f"{metrics.shown(row.get(key), 2):>8}" for key in columns)
+        print(f"{row['name']:{width}}  {cells}")
+
+
+QUALITY = {
+    **{"rmse_hu": "RMSE HU", "psnr": "PSNR dB", "ssim": "SSIM"},
+    **{"psnr_wide": "PSNR+-1k", "ssim_wide": "SSIM+-1k"},
+    **{"bias_brain": "b.brain", "bias_csf": "b.CSF", "bias_bone": "b.bone", "bias_blood": "b.blood"},
+    **{"bias_infarct": "b.infarc", "noise_ratio": "SD ratio", "spectrum": "spectrum"},
+}
+COST = {
+    "parameters_m": "M param",
+    "gmac": "GMAC512",
+    "train_images_per_s": "train/s",
+    "slices_per_s": "infer/s",
+    "train_memory_gb": "train GB",
+    "inference_memory_gb": "infer GB",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size-of", choices=("cpu", "gpu"), default="cpu", help="presets (default: cpu)")
+    parser.add_argument("--models", nargs="+", help="presets (default: all denoisers of that size)")
+    parser.add_argument("--images", type=stage.positive_int, default=4000, help="(default: 4000)")
+    parser.add_argument(
+        "--seconds", type=stage.positive_float, default=120, help="of the same wall time (default: 120)"
+    )
+    parser.add_argument("--patients", type=stage.positive_int, default=96, help="phantoms (default: 96)")
+    parser.add_argument("--per-dose", help="preset of which one a dose is trained too (default: the best)")
+    parser.add_argument("--classical", nargs="*", choices=sorted(CLASSICAL), default=sorted(CLASSICAL))
+    parser.add_argument("--real", type=Path, help="folder of DICOM files of a head")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", type=Path, default=Path("results/benchmark_denoisers"))
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    device = training.pick_device(args.device)
+    work, models = args.work.resolve(), args.work.resolve() / "models"
+    wanted = ("unet", "nafnet", "redcnn", "student")  # a teacher alone is no denoiser
+    names = args.models or [
+        name for name, (model, _) in PRESETS.items() if model in wanted and name.endswith(f"-{args.size_of}")
+    ]
+    data = prepare(work, args.patients)
+    count = len(load_pack(data, "train", SIZE))
+    paths: dict[str, Path] = {}
+    for run in runs_of(names, args.images, args.seconds, models):
+        paths[run.name] = train(run, data, models, count, args.device)
+    best = args.per_dose or min(names, key=lambda name: min(e["rmse_hu"] for e in logged(paths[name])))
+    own = {
+        dose: train(Run(f"{best}.dose{dose:g}", best, args.images, dose), data, models, count, args.device)
+        for dose in TRAINED
+    }
+    strengths = {
+        name: kept(
+            work / f"strength-{name}.json",
+            STRENGTHS,
+            lambda name=name: {"strength": tuned_strength(name, load_pack(data, "val", SIZE))},
+        )["strength"]
+        for name in args.classical
+    }
+    costs = []
+    for name in names:
+        key = checkpoints.file_sha256(paths[name])
+        found = kept(work / f"cost-{name}.json", key, lambda name=name: alone(cost, paths[name], device))
+        costs.append({"name": name, "parameters_m": found["parameters"] / 1e6, **found})
+
+    sets = {"phantoms": Test(load_pack(data, "test", SIZE))}
+    if args.real:
+        sets["real head"] = Test(load_pack(prepare_real(work, args.real), "test", SIZE), every=2)
+    rows = []
+    for where, test in sets.items():
+        for dose in DOSES:
+            applied: dict[str, tuple[object, Callable[[], Apply]]] = {
+                "noisy input": ("noisy", lambda: lambda noisy, _levels, _series: noisy)
+            }
+            for name, path in paths.items():
+                applied[name] = (checkpoints.file_sha256(path), lambda path=path: network(path, device))
+            applied[f"{best}, one a dose"] = (
+                [checkpoints.file_sha256(path) for path in own.values()],
+                lambda dose=dose: per_dose(own, device, dose),
+            )
+            for name, strength in strengths.items():
+                applied[name] = (strength, lambda name=name, strength=strength: classical(name, strength))
+            for name, (key, make) in applied.items():
+                stage.log.info("%s, dose %g, %s", where, dose, name)
+                file = work / "quality" / f"{where} {name} {dose:g}.json".replace(" ", "_")
+                found = kept(
+                    file,
+                    [test.pack.key, key],
+                    lambda make=make, test=test, dose=dose: quality(test, make(), dose),
+                )
+                rows.append({"where": where, "dose": dose, "name": name, **found})
+
+    print(f"\n{args.images} crops of {CROP} x {CROP} each (.time: {args.seconds:g} s each); {device}")
+    table(costs, COST)
+    for where, test in sets.items():
+        for dose in DOSES:
+            patients = len(np.unique(test.patients))
+            print(f"\n{where}: {patients} patients, {len(test.rows)} slices, dose {100 * dose:g} %")
+            table([row for row in rows if (row["where"], row["dose"]) == (where, dose)], QUALITY)
+    manifest = {
+        "command": " ".join(["benchmarks/denoisers.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": checkpoints.versions(),
+        "strengths": strengths,
+        "best_on_validation": best,
+        "learning_rates": LEARNING_RATES,
+        "cost": costs,
+        "rows": rows,
+    }
+    stage.write_json(args.out / "benchmark_denoisers.json", manifest)
+
+
+if __name__ == "__main__":
+    main()
