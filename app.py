@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +30,7 @@ import metrics
 import stage
 import training
 from dataset import (
+    TASKS,
     fit_to_square,
     neighbours,
     read_metadata,
@@ -43,7 +43,7 @@ from dataset import (
 )
 from display import NOTICE, Note, annotate, difference_rgb, draw_outlines, enlarge, radiological, to_grey
 from dose import DOSE_MODELS, SIMULATED
-from inference import LEGEND, PIPELINES, classify, denoise, fits_denoiser, load_classifier, load_denoiser
+from inference import LEGEND, PIPELINES, denoise, fits_denoiser, load_classifier, load_denoiser, read
 from low_dose import evaluation_seed, noise_level, scan_flux
 from volumes import AIR_HU
 
@@ -375,14 +375,22 @@ def denoised_slice(place: Place, noise: Noise, denoiser: Stamp, device: str) -> 
     return denoise(model, low, level)[model.slices // 2]
 
 
-@st.cache_data(show_spinner=False, max_entries=50_000)  # a number each
-def slice_score(place: Place, noise: Noise, classifier: Stamp, denoiser: Stamp | None, device: str) -> float:
-    """Probability of the classifier's first class, after the denoiser if there is one."""
+@st.cache_data(show_spinner=False, max_entries=500)  # a few numbers a slice
+def reading(
+    place: Place, noise: Noise, classifier: Stamp, denoiser: Stamp | None, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities of slices (S, classes), of the scan (1, classes)), after the denoiser if there is one.
+
+    place: any slice of the series."""
+    series = load_series(place.series, place.size)
     if denoiser is None:
-        image = low_dose_slice(load_series(place.series, place.size), place.index, noise)
+        images = [low_dose_slice(series, index, noise) for index in range(len(series.image))]
     else:
-        image = denoised_slice(place, noise, denoiser, device)
-    return float(classify(load_network("classifier", classifier, device)[0], image[None])[0, 0])
+        images = [
+            denoised_slice(place._replace(index=index), noise, denoiser, device)
+            for index in range(len(series.image))
+        ]
+    return tuple(read(load_network("classifier", classifier, device)[0], np.stack(images)))
 
 
 class Checkpoint(NamedTuple):
@@ -978,17 +986,15 @@ def show_scores(series: Series, place: Place, noise: Noise, arms: list[Arm], dev
         st.caption("No classifier, no probabilities.")
         return
     labels = arm_labels([arm.name for arm in arms], [arm.classifier.name for arm in arms])
-    scores = all_scores(place, noise, arms, len(series.image), device)
+    scores = all_scores(place, noise, arms, device)
     table, strips = [], {}
-    for arm, label, values in zip(arms, labels, scores, strict=True):
+    for arm, label, (values, scan) in zip(arms, labels, scores, strict=True):
         facts = arm.classifier.facts
-        targets = task_targets(facts["task"], series.slice_labels, facts["assume_absent"])[:, 0]
+        task, absent = TASKS[facts["task"]], facts["assume_absent"]
+        targets = task.positive(task_targets(facts["task"], series.slice_labels, absent))
         levels = {
             "slice": (values[place.index], targets[place.index]),
-            "scan": (
-                metrics.scan_scores(values, one_series)[0],
-                metrics.scan_scores(targets, one_series)[0],
-            ),
+            "scan": (scan, metrics.scan_scores(targets, one_series)[0]),
         }
         row = {"Pipeline": label, "Task": facts["task"]}
         for level, (score, target) in levels.items():
@@ -1012,20 +1018,16 @@ def show_scores(series: Series, place: Place, noise: Noise, arms: list[Arm], dev
     )
 
 
-def all_scores(place: Place, noise: Noise, arms: Sequence[Arm], count: int, device: str) -> list[np.ndarray]:
-    """Probabilities (S,) of each arm; shows its progress where it takes time, and keeps what it has done."""
-    started, bar = time.monotonic(), None
-    scores = [np.zeros(count) for _ in arms]
-    for index in range(count):
-        here = place._replace(index=index)
-        for values, arm in zip(scores, arms, strict=True):
-            values[index] = slice_score(here, noise, arm.classifier.file, arm.denoiser, device)
-        if time.monotonic() - started > 0.5:
-            text = f"Reading slice {index + 1} of {count}"
-            bar = bar or st.progress(0.0, text)
-            bar.progress((index + 1) / count, text)
-    if bar is not None:
-        bar.empty()
+def all_scores(
+    place: Place, noise: Noise, arms: Sequence[Arm], device: str
+) -> list[tuple[np.ndarray, float]]:
+    """What each arm answers to its task's question: (probabilities of the slices (S,), of the scan)."""
+    scores = []
+    with st.spinner("Reading the scan"):
+        for arm in arms:
+            slices, scan = reading(place._replace(index=0), noise, arm.classifier.file, arm.denoiser, device)
+            positive = TASKS[arm.classifier.facts["task"]].positive
+            scores.append((positive(slices), float(positive(scan)[0])))
     return scores
 
 

@@ -35,6 +35,11 @@ LABELS = (*LESION_CLASSES[:5], "any", "ischemia")
 # ---------------------------------------------------------------- windows
 
 BRAIN_WINDOW = (40.0, 80.0)  # centre and width in HU: the window in which head CT is read
+THREE_WINDOWS = (
+    BRAIN_WINDOW,
+    (80.0, 200.0),
+    (40.0, 380.0),
+)  # brain, subdural, soft tissue
 
 
 def window_hu(hu, center: float, width: float, *, clip: bool = True):
@@ -70,17 +75,52 @@ def _known(name: str) -> Callable[[dict], float]:
     return lambda labels: math.nan if labels.get(name) is None else float(labels[name])
 
 
+def _type(labels: dict) -> str | None:
+    """normal, ischemic or hemorrhagic; where both are, the bleed decides, as it does in treatment."""
+    if labels.get("any") == 1:
+        return "hemorrhagic"
+    if labels.get("any") == 0 and labels.get("ischemia") is not None:
+        return "ischemic" if labels["ischemia"] else "normal"
+    return None
+
+
+def _is_type(name: str) -> Callable[[dict], float]:
+    return lambda labels: math.nan if _type(labels) is None else float(_type(labels) == name)
+
+
 class Task(NamedTuple):
-    """A question put to a classifier: one column of targets per class, NaN where the answer is unknown."""
+    """A question put to a classifier: one column of targets per class, NaN where the answer is unknown.
+
+    exclusive: just one of the classes is true. positive: (N, classes) of targets or probabilities -> (N,),
+    the one question that all tasks have in common: is there a lesion? weights: of the classes in the loss."""
 
     classes: tuple[str, ...]
     targets: tuple[Callable[[dict], float], ...]
+    positive: Callable[[np.ndarray], np.ndarray] = lambda values: values[:, 0]
+    exclusive: bool = False
+    weights: tuple[float, ...] | None = None
+    finding: str = "stroke"  # what `positive` asks for
 
 
+TYPES = ("normal", "ischemic", "hemorrhagic")
+SUBTYPES = LABELS[:6]  # of RSNA, "any" last
 TASKS = {
     "stroke": Task(("stroke",), (_stroke,)),
-    "hemorrhage": Task(("any",), (_known("any"),)),
+    "hemorrhage": Task(("any",), (_known("any"),), finding="hemorrhage"),
+    "type": Task(TYPES, tuple(_is_type(name) for name in TYPES), lambda values: 1 - values[:, 0], True),
+    "subtypes": Task(
+        SUBTYPES,
+        tuple(_known(name) for name in SUBTYPES),
+        lambda values: values[:, -1],
+        weights=(1.0, 1.0, 1.0, 1.0, 1.0, 2.0),  # "any" twice, as RSNA's own score has it
+        finding="hemorrhage",
+    ),
 }
+
+
+def is_exclusive(classes: Sequence[str]) -> bool:
+    """Whether just one of a classifier's classes is true: its logits are for softmax, else for sigmoid."""
+    return any(task.exclusive and task.classes == tuple(classes) for task in TASKS.values())
 
 
 def task_targets(task: str, labels: Sequence[dict], assume_absent: Sequence[str] = ()) -> np.ndarray:
@@ -517,20 +557,26 @@ def _build_pack(final: Path, folders: list[Path], contents: _Contents, compress:
 
 
 class Batch(NamedTuple):
-    """Slices on the training device. hu, target: (B, 1, H, W) HU; rows: (B,) places in the pack."""
+    """Slices on the training device. hu: (B, 1, H, W) HU; rows: (B,) places in the pack.
+
+    Of whole scans the slices come one scan after the other, and moves are equal within a scan."""
 
     rows: np.ndarray
-    seeds: list[int]  # one for each slice, fresh in every epoch
+    seeds: list[int]  # one for each slice, fresh in every epoch: of its noise
     hu: torch.Tensor
     mask: torch.Tensor | None  # (B, 1, H, W) uint8 lesion classes
     targets: torch.Tensor | None  # (B, classes)
+    moves: list[int]  # seeds of its augmentation and its dose
+    present: torch.Tensor | None = None  # (scans, longest) bool: the slices of each scan, then padding
+    scan_targets: torch.Tensor | None = None  # (scans, classes)
 
 
 class Batches:
     """Shuffled batches of a pack, the same for the same (seed, epoch) however often they are drawn.
 
     Each of world_size processes takes its share of every batch of batch_size. An incomplete last batch is
-    left out. weights: (N,) sampling weights, then rows are drawn with replacement. targets: (N, classes).
+    left out. rows: those to draw from. weights: of these, then they are drawn with replacement. targets: (N,
+    classes), of all slices.
     resident: move images and masks to the device once and draw from them there (default: on a GPU with
     room for them). The values are the same."""
 
@@ -584,13 +630,65 @@ class Batches:
     def _batch(self, rows: np.ndarray, seeds: list[int]) -> Batch:
         mask = None if self.mask is None else self._drawn(self.mask, rows)
         targets = None if self.targets is None else torch.from_numpy(self.targets[rows]).to(self.device)
-        return Batch(rows, seeds, self._drawn(self.image, rows).float(), mask, targets)
+        return Batch(rows, seeds, self._drawn(self.image, rows).float(), mask, targets, seeds)
 
     def _drawn(self, slices: np.ndarray | PackedSlices | torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """(B, 1, H, W) on the device, of slices (N, H, W) that lie on disk, or there already."""
         if isinstance(slices, torch.Tensor):
             return slices[torch.from_numpy(rows).to(slices.device)][:, None]
         return torch.from_numpy(slices[rows]).to(self.device)[:, None]
+
+
+class ScanBatches(Batches):
+    """Batches of whole scans, as Batches has slices: rows, weights and batch_size are of scans (series).
+
+    length: at most so many slices of a scan, in uniform steps; None: all of them. scan_targets: (series,
+    classes)."""
+
+    def __init__(self, pack: Pack, *, scan_targets: np.ndarray, length: int | None = None, **options: Any):
+        options.setdefault("rows", np.arange(len(pack.series)))
+        super().__init__(pack, **options)
+        self.scan_targets = scan_targets
+        ends = np.cumsum(np.bincount(pack.series_of))
+        self.slices_of = [
+            uniform_steps(range(end - count, end), length)
+            for end, count in zip(ends.tolist(), np.bincount(pack.series_of), strict=True)
+        ]
+
+    def _batch(self, rows: np.ndarray, seeds: list[int]) -> Batch:
+        parts = [self.slices_of[scan] for scan in rows]
+        counts = torch.tensor([len(part) for part in parts])
+        own = [
+            stage.stable_seed(seed, place)
+            for seed, part in zip(seeds, parts, strict=True)
+            for place in range(len(part))
+        ]
+        moves = [seed for seed, part in zip(seeds, parts, strict=True) for _ in part]
+        present = torch.arange(int(counts.max())) < counts[:, None]
+        return (
+            super()
+            ._batch(np.concatenate(parts), own)
+            ._replace(
+                moves=moves,
+                present=present.to(self.device),
+                scan_targets=torch.from_numpy(self.scan_targets[rows]).to(self.device),
+            )
+        )
+
+
+def uniform_steps(rows: Sequence[int], length: int | None) -> np.ndarray:
+    """At most length of rows, the first and the last among them, in steps as equal as can be; None: all."""
+    rows = np.asarray(rows)
+    if length is None or len(rows) <= length:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, length).round().astype(int)]
+
+
+def padded(flat: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Slices of scans one after the other, (N, ...), as (scans, longest, ...), zeros where present is not."""
+    out = flat.new_zeros(*present.shape, *flat.shape[1:])
+    out[present] = flat
+    return out
 
 
 RESIDENT_SHARE = 0.5  # of a GPU's free memory; the other half is for the network and its activations
@@ -648,6 +746,23 @@ def neighbours(series_of: np.ndarray, count: int) -> np.ndarray:
     return rows.clip(first[:, None], after[:, None] - 1)
 
 
+def views(
+    pack: Pack,
+    batch: Batch,
+    transform: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
+    slices: int = 1,
+) -> torch.Tensor:
+    """A batch with its neighbours in the series, moved alike: (B, slices, H, W) HU on its device."""
+    around = neighbours(pack.series_of, slices)[batch.rows].T
+    parts = [
+        transform(
+            batch.hu if place == slices // 2 else to_tensor(pack.image[rows], batch.hu.device), batch.moves
+        )
+        for place, rows in enumerate(around)
+    ]
+    return torch.cat(parts, dim=1)
+
+
 MAX_SHIFT = 0.06  # of the image side: heads are centred to within that
 MAX_ROTATION_DEG = 10.0  # as far as a head is tilted in its holder
 
@@ -668,6 +783,18 @@ def augment(hu: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         image = _shift(image, down, right)
         out[place] = _rotate(image, angle) if rotate else image
     return out
+
+
+def jitter_window(hu: torch.Tensor, seeds: Sequence[int], amount: float) -> torch.Tensor:
+    """HU as they look through windows a little off: centre and width by up to the share `amount`.
+
+    hu: (B, C, H, W). The network's own window is fixed, so the image is moved and stretched instead."""
+    if amount == 0:
+        return hu
+    draws = [np.random.default_rng([seed, 2]).uniform(-amount, amount, 2) for seed in seeds]
+    shift, stretch = torch.tensor(np.array(draws), dtype=hu.dtype, device=hu.device).T[:, :, None, None, None]
+    center, width = BRAIN_WINDOW
+    return (hu - center) * (1 + stretch) + center + shift * width
 
 
 def _shift(image: torch.Tensor, down: int, right: int) -> torch.Tensor:

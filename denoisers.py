@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset import soft_window_hu, unwindow_hu, window_hu
+from weights import freeze
 
 SOFT_WINDOW = (40.0, 100.0)  # centre and width in HU: linear over the brain, blood and CSF
 AUTOENCODER_WINDOW = (0.0, 2000.0)  # centre and width in HU: [-1000, 1000], the anatomy-aware system's own
@@ -669,17 +669,3 @@ def adopt_decoder(model: Autoencoder, teacher: Autoencoder) -> None:
         raise ValueError("teacher and student: must have the same encoder kind, width and window")
     model.decoder.load_state_dict(theirs)
     freeze(model.decoder)
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """Make a module a constant: no gradients, and eval mode whatever its parent's train() says.
-
-    Without the second, BatchNorm would go on changing its running statistics. Returns the module."""
-    module.eval().requires_grad_(False)
-    for part in module.modules():
-        part.train = types.MethodType(_stay, part)
-    return module
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
-    return module

@@ -13,8 +13,8 @@ from torch import nn
 import anatomy
 import stage
 from dataset import window_hu
-from denoisers import AUTOENCODER_WINDOW, Encoded, freeze
-from weights import load_weights, read_weights
+from denoisers import AUTOENCODER_WINDOW, Encoded
+from weights import freeze, load_weights, read_weights
 
 LESION_WEIGHT = 10.0  # of the lesion mask's own MSE, as the paper on simulated low dose for stroke has it
 
@@ -375,16 +375,45 @@ PERCEPTUAL: dict[str, Callable[[Path | None], nn.Module]] = {
 
 
 def masked_bce_loss(
-    logits: torch.Tensor, targets: torch.Tensor, pos_weight: torch.Tensor | None = None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    pos_weight: torch.Tensor | None = None,
+    *,
+    weights: torch.Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Binary cross-entropy over the known targets. logits, targets: (B, classes), NaN where unknown.
 
-    Returns 0, still attached to the network, if nothing in the batch is known."""
-    known = ~targets.isnan()
-    losses = F.binary_cross_entropy_with_logits(
-        logits, targets.nan_to_num(), pos_weight=pos_weight, reduction="none"
-    )
-    return (losses * known).sum() / known.sum().clamp_min(1)
+    pos_weight: (classes,) of positives. weights: (classes,) of classes. smoothing: 1 and 0 become
+    1 - smoothing / 2 and smoothing / 2. Returns 0, still attached to the network, if nothing is known."""
+    known = (~targets.isnan()).float()
+    if weights is not None:
+        known = known * weights
+    wanted = targets.nan_to_num() * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=pos_weight, reduction="none")
+    return (losses * known).sum() / known.sum().clamp_min(1e-6)
+
+
+def masked_cross_entropy_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    pos_weight: torch.Tensor | None = None,
+    *,
+    weights: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross-entropy of classes of which one is true. logits, targets: (B, classes), 1 for it and NaN where
+    unknown.
+
+    Arguments as for masked_bce_loss; pos_weight weighs the slices of each class."""
+    known = ~targets.isnan().any(1)
+    wanted = targets.nan_to_num() * (1 - smoothing) + smoothing / targets.shape[1]
+    share = known.float()
+    for factor in (pos_weight, weights):
+        if factor is not None:
+            share = share * (targets.nan_to_num() @ factor)
+    losses = -(wanted * logits.log_softmax(1)).sum(1)
+    return (losses * share).sum() / share.sum().clamp_min(1e-6)
 
 
 # ---------------------------------------------------------------- registry

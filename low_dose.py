@@ -141,17 +141,17 @@ class LowDose:
 
         transform(images, seeds) moves the anatomy; noise is added after it and keeps its texture. Stored
         noise is that of the slice before it, which is right as far as noise is alike in the whole brain."""
-        doses = random_doses(batch.seeds, self.doses)
-        full = transform(batch.hu, batch.seeds)
+        doses = random_doses(batch.moves, self.doses)
+        full = transform(batch.hu, batch.moves)
         around = neighbours(self.pack.series_of, slices)[batch.rows]
         parts = []
         for place, rows in enumerate(around.T):
             if self.name == "measured":
                 low = to_tensor(self._measured(rows, doses), full.device)
-                parts.append(transform(low, batch.seeds))
+                parts.append(transform(low, batch.moves))
                 continue
             middle = place == slices // 2
-            hu = full if middle else transform(to_tensor(self.pack.image[rows], full.device), batch.seeds)
+            hu = full if middle else transform(to_tensor(self.pack.image[rows], full.device), batch.moves)
             seeds = batch.seeds if middle else [stage.stable_seed(seed, place) for seed in batch.seeds]
             parts.append(self.simulate(hu, rows, doses, seeds))
         return full, torch.cat(parts, dim=1), doses

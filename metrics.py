@@ -1,20 +1,22 @@
-"""Numbers for tables: image quality in HU, classification, calibration, intervals. Arrays in, numbers out.
+"""Numbers for tables: image quality in HU, and what a classifier gets right. Arrays in, numbers out.
 
 IMAGE_METRICS and CLASSIFICATION_METRICS hold them by column name. What cannot be computed, such as an AUC
-with one class absent, is NaN; tables print it as n/a."""
+with one class absent, is NaN; tables print it as n/a. How far probabilities can be believed is in
+calibration.py, how sure a number is in intervals.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from skimage.metrics import structural_similarity
 
+from calibration import brier, expected_calibration_error, known_rows, log_loss
+from intervals import bootstrap_auc, bootstrap_sums, clopper_pearson, delong_auc
+
 RANGE_HU = (0.0, 80.0)  # the brain window, in which head CT is read; PSNR and SSIM are stated there
-ECE_BINS = 15  # Guo et al. 2017
-BOOTSTRAP_REPLICATES = 2000
 
 # ---------------------------------------------------------------- image quality
 
@@ -104,98 +106,115 @@ def patient_means(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
     return np.array([values[known & (patients == patient)].mean() for patient in np.unique(patients[known])])
 
 
-# ---------------------------------------------------------------- classification
+# ---------------------------------------------------------------- classification, two classes
+
+
+class _Roc(NamedTuple):
+    """Counts at every threshold: cuts are the distinct scores, falling; a score >= cut is called positive."""
+
+    cuts: np.ndarray
+    hits: np.ndarray  # positives called positive
+    alarms: np.ndarray  # negatives called positive
+
+    def threshold(self, place: int) -> float:
+        """What calls as cuts[place] does, halfway to the next score, so that near ones are called alike."""
+        if place + 1 == len(self.cuts):
+            return float(self.cuts[place])
+        upper, lower = self.cuts[place], self.cuts[place + 1]
+        middle = (upper + lower) / 2
+        return float(middle if middle > lower else upper)  # neighbouring floats have nothing between them
+
+
+def _roc(targets: np.ndarray, scores: np.ndarray) -> _Roc | None:
+    """None if a class is absent or a score is NaN."""
+    targets, scores = known_rows(targets, scores)
+    scores = scores.astype(np.float64)
+    if np.isnan(scores).any() or not (targets == 1).any() or not (targets == 0).any():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # the last place of each run of ties
+    return _Roc(ranked[last], *(np.cumsum(targets[order] == value)[last] for value in (1, 0)))
 
 
 def auc(targets: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve, ties counted half. targets: (N,) of 0 and 1.
 
     NaN if a class is absent or a score is NaN."""
-    if np.isnan(scores).any():
+    roc = _roc(targets, scores)
+    if roc is None:
         return math.nan
-    weights = np.ones((1, len(scores)))
-    return float(_weighted_auc(np.asarray(targets), np.asarray(scores), weights)[0])
+    twice = np.diff(roc.alarms, prepend=0) * (roc.hits + np.append(0, roc.hits[:-1]))  # trapezoids, exact
+    return float(twice.sum() / (2 * roc.hits[-1] * roc.alarms[-1]))
 
 
-def _weighted_auc(targets: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC of the same scores under each row of weights: (R, N) -> (R,), NaN where a class has no weight."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
-    weights = weights[:, order]
-    positive = np.add.reduceat(weights * (targets[order] == 1), starts, axis=1)
-    negative = np.add.reduceat(weights * (targets[order] == 0), starts, axis=1)
-    below = np.cumsum(negative, axis=1) - negative
-    wins = (positive * (below + negative / 2)).sum(axis=1)
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
+def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the precision-recall curve as steps: the mean precision at each positive, ties as one.
 
-
-def bootstrap_auc(
-    targets: np.ndarray,
-    scores: np.ndarray,
-    patients: np.ndarray,
-    *,
-    seed: int,
-    replicates: int = BOOTSTRAP_REPLICATES,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile interval of the AUC when patients, not slices, are drawn anew with replacement.
-
-    targets, scores, patients: (N,). Replicates that drew one class only are left out; (NaN, NaN) if all."""
-    targets, scores = np.asarray(targets), np.asarray(scores)
-    _, group = np.unique(np.asarray(patients), return_inverse=True)
-    count = int(group.max()) + 1
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
-    chunk = max(1, 4_000_000 // len(scores))  # about 100 MB of weights at a time
-    values = np.concatenate(
-        [
-            _weighted_auc(targets, scores, draws[start : start + chunk][:, group])
-            for start in range(0, replicates, chunk)
-        ]
-    )
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return math.nan, math.nan
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    NaN if a class is absent or a score is NaN."""
+    roc = _roc(targets, scores)
+    if roc is None:
+        return math.nan
+    precision = roc.hits / (roc.hits + roc.alarms)
+    return float((np.diff(roc.hits, prepend=0) * precision).sum() / roc.hits[-1])
 
 
 def youden_threshold(targets: np.ndarray, scores: np.ndarray) -> float:
     """The threshold with the largest sensitivity + specificity (Youden 1950), halfway between two scores.
 
-    Call score >= threshold positive. NaN if a class is absent."""
-    targets, scores = np.asarray(targets), np.asarray(scores, np.float64)
-    positives, negatives = (targets == 1).sum(), (targets == 0).sum()
-    if positives == 0 or negatives == 0 or np.isnan(scores).any():
+    Call score >= threshold positive. NaN if a class is absent or a score is NaN."""
+    roc = _roc(targets, scores)
+    if roc is None:
         return math.nan
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    last = np.flatnonzero(np.diff(ranked, append=-np.inf) != 0)  # the last place of each run of ties
-    sensitivity = np.cumsum(targets[order] == 1)[last] / positives
-    false_rate = np.cumsum(targets[order] == 0)[last] / negatives
-    best = last[np.argmax(sensitivity - false_rate)]
-    return float((ranked[best] + ranked[best + 1]) / 2) if best + 1 < len(ranked) else float(ranked[best])
+    return roc.threshold(int(np.argmax(roc.hits / roc.hits[-1] - roc.alarms / roc.alarms[-1])))
 
 
-def expected_calibration_error(targets: np.ndarray, scores: np.ndarray) -> float:
-    """ECE over ECE_BINS equal bins: the mean |frequency - confidence|. Source: Guo et al. 2017."""
-    targets, scores = np.asarray(targets, np.float64), np.asarray(scores, np.float64)
-    if not len(scores):
+def threshold_at_specificity(targets: np.ndarray, scores: np.ndarray, specificity: float) -> float:
+    """The threshold of largest sensitivity among those of at least this specificity, in (0, 1].
+
+    Choose it on validation. Call score >= threshold positive; where no score is specific enough the threshold
+    lies just above all. NaN if a class is absent or a score is NaN."""
+    roc = _roc(targets, scores)
+    if roc is None:
         return math.nan
-    bins = np.minimum((scores * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = np.bincount(bins, targets, ECE_BINS) - np.bincount(bins, scores, ECE_BINS)
-    return float(np.abs(gaps).sum() / len(scores))
+    place = _place_at_specificity(roc, specificity)
+    return float(np.nextafter(roc.cuts[0], np.inf)) if place is None else roc.threshold(place)
+
+
+def sensitivity_at_specificity(targets: np.ndarray, scores: np.ndarray, specificity: float) -> float:
+    """Sensitivity where the ROC curve of these very scores has at least this specificity, in (0, 1].
+
+    It describes the curve; how a threshold carries over from validation is what rates() says. NaN if a class
+    is absent or a score is NaN."""
+    roc = _roc(targets, scores)
+    if roc is None:
+        return math.nan
+    place = _place_at_specificity(roc, specificity)
+    return 0.0 if place is None else float(roc.hits[place] / roc.hits[-1])
+
+
+def _place_at_specificity(roc: _Roc, specificity: float) -> int | None:
+    """The first cut of largest sensitivity at this specificity; None where every cut has too many alarms."""
+    if not 0 < specificity <= 1:
+        raise ValueError(f"specificity {specificity}: must be in (0, 1]")
+    allowed = np.count_nonzero(
+        roc.alarms <= (1 - specificity) * roc.alarms[-1] + 1e-9
+    )  # 1 - 0.9 is below 0.1
+    return int(np.argmax(roc.hits[:allowed])) if allowed else None
 
 
 def rates(targets: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-    """acc, sens, spec, prec and f1 of calling score >= threshold positive; NaN where a denominator is 0."""
-    targets, called = np.asarray(targets) == 1, np.asarray(scores) >= threshold
+    """acc, sens, spec, prec and f1 of calling score >= threshold positive; NaN where a denominator is 0.
+
+    All NaN if the threshold or a score is."""
+    targets, scores = known_rows(targets, scores)
+    known = not (math.isnan(threshold) or np.isnan(scores).any())
+    targets, called = targets == 1, scores >= threshold
     true_positive, false_positive = int((called & targets).sum()), int((called & ~targets).sum())
     false_negative, true_negative = int((~called & targets).sum()), int((~called & ~targets).sum())
 
     def share(part: int, whole: int) -> float:
-        return part / whole if whole and not math.isnan(threshold) else math.nan
+        return part / whole if whole and known else math.nan
 
     return {
         "acc": share(true_positive + true_negative, len(targets)),
@@ -213,10 +232,7 @@ def classification(
     targets: np.ndarray, scores: np.ndarray, patients: np.ndarray, *, threshold: float, seed: int
 ) -> dict[str, float]:
     """All CLASSIFICATION_METRICS of binary probabilities. Rows whose target is NaN count for nothing."""
-    known = ~np.isnan(np.asarray(targets, np.float64))
-    targets, scores, patients = (np.asarray(values)[known] for values in (targets, scores, patients))
-    if not len(targets):
-        return dict.fromkeys(CLASSIFICATION_METRICS, math.nan)
+    targets, scores, patients = known_rows(targets, scores, patients)
     low, high = bootstrap_auc(targets, scores, patients, seed=seed)
     return {
         **rates(targets, scores, threshold),
@@ -225,6 +241,123 @@ def classification(
         "auc_high": high,
         "ece": expected_calibration_error(targets, scores),
     }
+
+
+def report(
+    targets: np.ndarray,
+    scores: np.ndarray,
+    patients: np.ndarray,
+    *,
+    threshold: float,
+    seed: int,
+    null_scores: np.ndarray | None = None,
+) -> dict[str, float]:
+    """What a study says of binary probabilities beside the columns of classification(): a flat dict.
+
+    targets, scores, patients: (N,), slices or scans; rows whose target is NaN count for nothing. threshold:
+    chosen on validation. null_scores: (N,) of positional_null, whose AUC is then auc_null.
+
+    Adds n, n_positive, n_patients, ap, sens_at_90 and sens_at_95 (sensitivity at that specificity of this
+    ROC curve), brier, log_loss, and intervals of 95 %: sens_low .. spec_high, by Clopper and Pearson where
+    each row is a patient of its own, else by the patient bootstrap; delong_low, delong_high, NaN where a
+    patient has several rows, since DeLong's rows are independent."""
+    rows = (scores, patients) if null_scores is None else (scores, patients, null_scores)
+    targets, scores, patients, *null = known_rows(targets, *rows)
+    independent = len(np.unique(patients)) == len(patients)
+    area = delong_auc(targets, scores) if independent else None
+    found = {
+        "n": len(targets),
+        "n_positive": int((targets == 1).sum()),
+        "n_patients": len(np.unique(patients)),
+        **classification(targets, scores, patients, threshold=threshold, seed=seed),
+        "delong_low": area.low if area else math.nan,
+        "delong_high": area.high if area else math.nan,
+        "ap": average_precision(targets, scores),
+        "sens_at_90": sensitivity_at_specificity(targets, scores, 0.90),
+        "sens_at_95": sensitivity_at_specificity(targets, scores, 0.95),
+        "brier": brier(targets, scores),
+        "log_loss": log_loss(targets, scores),
+    }
+    right = (scores >= threshold) == (targets == 1)
+    for name, own in (("sens", targets == 1), ("spec", targets == 0)):
+        if math.isnan(found[name]):
+            ends = math.nan, math.nan
+        elif independent:
+            ends = clopper_pearson(int((right & own).sum()), int(own.sum()))
+        else:
+            terms = np.column_stack([right & own, own])
+            ends = bootstrap_sums(terms, patients, lambda sums: sums[0] / sums[1], seed=seed)
+        found[f"{name}_low"], found[f"{name}_high"] = ends
+    if null:
+        found["auc_null"] = auc(targets, null[0])
+    return found
+
+
+# ---------------------------------------------------------------- classification, several exclusive classes
+
+
+def class_numbers(targets: np.ndarray) -> np.ndarray:
+    """(N, C) with 1 for the true class -> its number (N,) float64, NaN where any column is unknown."""
+    targets = np.asarray(targets, np.float64)
+    return np.where(np.isnan(targets).any(axis=1), np.nan, np.nan_to_num(targets).argmax(axis=1))
+
+
+def confusion_matrix(targets: np.ndarray, called: np.ndarray, count: int) -> np.ndarray:
+    """(count, count) int: row the true class, column the called one. targets, called: (N,) class numbers."""
+    targets, called = (values.astype(int) for values in known_rows(targets, called))
+    return np.bincount(targets * count + called, minlength=count * count).reshape(count, count)
+
+
+def class_rates(matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """acc (), and sens, spec, prec and f1 (C,) of each class against the rest; NaN for a denominator of 0."""
+    matrix = np.asarray(matrix, np.float64)
+    hits, true, called, total = matrix.diagonal(), matrix.sum(1), matrix.sum(0), matrix.sum()
+
+    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.divide(part, whole, out=np.full(np.shape(whole), math.nan), where=whole > 0)
+
+    return {
+        "acc": share(hits.sum(), total),
+        "sens": share(hits, true),
+        "spec": share(total - true - called + hits, total - true),
+        "prec": share(hits, called),
+        "f1": share(2 * hits, true + called),
+    }
+
+
+def macro_auc(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean over classes of the AUC of each against the rest.
+
+    targets: (N,) class numbers; probabilities: (N, C). NaN if a class is absent: the mean over the others
+    would be another number."""
+    targets, probabilities = known_rows(targets, probabilities)
+    return float(np.mean([auc(targets == number, column) for number, column in enumerate(probabilities.T)]))
+
+
+def multiclass_report(
+    targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> dict[str, float]:
+    """A flat dict of a softmax classifier that calls its likeliest class.
+
+    targets: (N,) class numbers, NaN for unknown; probabilities: (N, C). acc, auc (macro, one against the
+    rest), ece (of the called class: is it right as often as it is sure? Guo et al. 2017), brier (summed over
+    classes, 0..2, Brier 1950), and per class sens, spec, prec, f1 and auc, as sens_<class>. All NaN if a
+    probability is."""
+    targets, probabilities = known_rows(targets, probabilities)
+    finite = len(targets) and not np.isnan(probabilities).any()
+    called = probabilities.argmax(axis=1)
+    per_class = class_rates(confusion_matrix(targets, called, len(classes)))
+    truth = np.arange(len(classes)) == np.asarray(targets)[:, None]
+    found = {"acc": float(per_class.pop("acc")), "auc": macro_auc(targets, probabilities)}
+    found["ece"] = expected_calibration_error(called == targets, probabilities.max(axis=1))
+    found["brier"] = float(np.square(probabilities - truth).sum(axis=1).mean()) if finite else math.nan
+    for number, name in enumerate(classes):
+        found |= {f"{rate}_{name}": float(values[number]) for rate, values in per_class.items()}
+        found[f"auc_{name}"] = auc(truth[:, number], probabilities[:, number])
+    return found if finite else dict.fromkeys(found, math.nan)
+
+
+# ---------------------------------------------------------------- scans, and what position alone says
 
 
 def scan_scores(values: np.ndarray, series_of: np.ndarray) -> np.ndarray:
@@ -240,3 +373,41 @@ def scan_scores(values: np.ndarray, series_of: np.ndarray) -> np.ndarray:
         unknown = np.isnan(own).any() and not (known == 1).any()
         result.append(math.nan if unknown else known.max())
     return np.array(result)
+
+
+POSITION_BANDWIDTH = 0.05  # of the scan's length: 8 mm of 160, which a lesion spans; 2 slices of 5 mm
+POSITION_STEP = 0.001  # fiftieth of the bandwidth, to which training positions are rounded
+
+
+def relative_positions(positions_mm: np.ndarray, series_of: np.ndarray) -> np.ndarray:
+    """Where a slice lies along its scan, (N,): 0 the lowest of its series, 1 the highest, 0.5 if alone."""
+    positions_mm = np.asarray(positions_mm, np.float64)
+    ids, owners = np.unique(np.asarray(series_of), return_inverse=True)
+    low, high = np.full(len(ids), np.inf), np.full(len(ids), -np.inf)
+    np.minimum.at(low, owners, positions_mm)
+    np.maximum.at(high, owners, positions_mm)
+    length = (high - low)[owners]
+    return np.divide(positions_mm - low[owners], length, out=np.full(len(owners), 0.5), where=length > 0)
+
+
+def positional_null(
+    train_positions: np.ndarray, train_targets: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Scores (M,) of slices from their relative position alone: how often training was positive there.
+
+    train_positions (N,), positions (M,): 0..1 along the scan; train_targets (N,), NaN counts for nothing.
+    Gaussian kernel regression (Nadaraya & Watson 1964) of POSITION_BANDWIDTH; NaN without known targets. Its
+    AUC belongs beside each AUC of slices, since lesions have their heights. Of a scan the null's score is the
+    largest of its slices, as scan_scores has it: it knows how densely and how far the scan covers the
+    likely heights, and nothing else."""
+    train_targets, train_positions = known_rows(train_targets, train_positions)
+    for values in (train_positions, positions):
+        if not ((np.asarray(values) >= 0) & (np.asarray(values) <= 1)).all():
+            raise ValueError("positions: must be in 0..1 along the scan (see relative_positions)")
+    grid = np.linspace(0, 1, round(1 / POSITION_STEP) + 1)
+    if not len(train_targets):
+        return np.full(len(positions), math.nan)
+    place = np.rint(train_positions / POSITION_STEP).astype(int)
+    kernel = np.exp(-0.5 * np.square((grid[:, None] - grid) / POSITION_BANDWIDTH))
+    count, positive = (np.bincount(place, weights, len(grid)) for weights in (None, train_targets))
+    return np.interp(positions, grid, (kernel @ positive) / (kernel @ count))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from classical import CLASSICAL_METHODS, ClassicalDenoiser
-from classifiers import ResNetClassifier
+from classifiers import CLASSIFIERS
 from denoisers import AUTOENCODERS, Autoencoder, NAFNetDenoiser, REDCNNDenoiser, UNetDenoiser, student
+from joint import JointClassifier
+from sequences import CNNBiLSTM, TwoStage
 
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "unet": UNetDenoiser,
@@ -22,7 +24,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
 CLASSICAL: dict[str, Callable[..., nn.Module]] = {
     name: functools.partial(ClassicalDenoiser, name) for name in CLASSICAL_METHODS
 }
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNetClassifier}
+SEQUENCE_MODELS: dict[str, Callable[..., nn.Module]] = {"cnn-bilstm": CNNBiLSTM, "two-stage": TwoStage}
 
 
 def _system_presets(size: str, widths: dict[str, int]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -57,9 +59,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def joint(denoiser: Mapping[str, Any], classifier: Mapping[str, Any]) -> JointClassifier:
+    """Both as a checkpoint has them: {"name": of its registry, "kwargs": its own}."""
+    return JointClassifier(*(build_model(part["name"], **part["kwargs"]) for part in (denoiser, classifier)))
+
+
 def build_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a network by its name in one of the registries. Raises ValueError naming the choices."""
-    networks = {**DENOISERS, **CLASSICAL, **CLASSIFIERS}
+    networks = {**DENOISERS, **CLASSICAL, **CLASSIFIERS, **SEQUENCE_MODELS, "joint": joint}
     if name not in networks:
         raise ValueError(f"model {name!r}: must be one of {', '.join(networks)}")
     return networks[name](**kwargs)

@@ -22,16 +22,16 @@ import checkpoints
 import metrics
 import stage
 import training
-from dataset import BRAIN_WINDOW, fit_to_square, square_pixel_mm
+from dataset import BRAIN_WINDOW, TASKS, fit_to_square, square_pixel_mm
 from display import NOTICE, radiological
 from dose import DOSE_MODELS, SIMULATED
 from inference import (
     ROUTINE_NOISE_HU,
-    classify,
     denoise,
     fits_denoiser,
     load_classifier,
     load_denoiser,
+    read,
 )
 from low_dose import evaluation_seed, noise_level, simulate_scan
 from scans import READERS, read_scan
@@ -152,20 +152,25 @@ def predict(
         small = _simulate(scan, small, (scan.spacing_mm[0], pixel_mm, pixel_mm), dose)
     if facts["input"] == "denoised":
         small = denoise(denoiser, small, level)
-    scores = classify(classifier, small)[:, 0].astype(np.float64)
-    scan_score = float(metrics.scan_scores(scores, np.zeros(len(scores), int))[0])
+    task, found = TASKS[facts["task"]], read(classifier, small)
+    scores, scan_score = task.positive(found.slices), float(task.positive(found.scans)[0])
     thresholds = facts["thresholds"]
     result = {
         "series_uid": scan.series_uid,
         "task": facts["task"],
-        "class": facts["classes"][0],
-        "scan": {"probability": scan_score, **_call(scan_score, thresholds["scan"])},
+        "class": task.finding,
+        "scan": {
+            "probability": scan_score,
+            **_call(scan_score, thresholds["scan"]),
+            "classes": dict(zip(facts["classes"], found.scans[0].tolist(), strict=True)),
+        },
         "slices": [
             {
                 "index": index,
                 "position_mm": scan.positions_mm[index],
                 "probability": float(score),
                 **_call(float(score), thresholds["slice"]),
+                "classes": dict(zip(facts["classes"], found.slices[index].tolist(), strict=True)),
                 "repairs": scan.repairs[index],
             }
             for index, score in enumerate(scores)

@@ -24,18 +24,18 @@ import checkpoints
 import metrics
 import stage
 import training
-from dataset import Pack, load_pack, task_targets
+from dataset import TASKS, Pack, load_pack, task_targets
 from dose import DOSE_MODELS
 from inference import (
     LEGEND,
     PIPELINES,
     Network,
     check_patients,
-    classify,
     denoise,
     fits_denoiser,
     load_classifier,
     load_denoiser,
+    read,
 )
 from low_dose import LowDose, check_doses
 
@@ -147,19 +147,18 @@ def agree(networks: list[Network], key: str):
 
 
 def classification_rows(pack: Pack, classifier: Network, images: np.ndarray, seed: int) -> list[dict]:
-    """Metrics of a classifier on images (N, H, W) HU: one dict for slices, one for scans (largest slice)."""
+    """Metrics of a classifier on images (N, H, W) HU: one dict for slices, one for scans."""
     facts = classifier.facts
-    targets = task_targets(facts["task"], pack.labels, facts["assume_absent"])[:, 0]
-    scores = classify(classifier.network, images)[:, 0].astype(np.float64)
+    task, absent = TASKS[facts["task"]], facts["assume_absent"]
+    targets = task.positive(task_targets(facts["task"], pack.labels, absent))
+    scan_labels = [metadata["labels"] for metadata in pack.series]
+    scan_targets = task.positive(task_targets(facts["task"], scan_labels, absent))
+    scores, scan_scores = map(task.positive, read(classifier.network, images, pack.series_of))
     patients = pack.patient_ids()
     first = np.unique(pack.series_of, return_index=True)[1]
     levels = {
         "slice": (targets, scores, patients),
-        "scan": (
-            metrics.scan_scores(targets, pack.series_of),
-            metrics.scan_scores(scores, pack.series_of),
-            patients[first],
-        ),
+        "scan": (scan_targets, scan_scores, patients[first]),
     }
     rows = []
     for level, values in levels.items():

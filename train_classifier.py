@@ -1,58 +1,95 @@
-"""Stage 4: train a slice classifier on clean, low-dose or denoised slices.
+"""Stage 4: train a classifier of slices, or of whole scans, on clean, low-dose or denoised slices; score one.
 
-Reads:   <data>/{train,val}/, and --denoiser for --input denoised
+Reads:   <data>/{train,val}/, and --denoiser for --input denoised and joint
 Writes:  <out>/<name>.pt, .last.pt, .jsonl, .card.json, and with --keep-every .epoch<k>.pt, with --csv .csv,
-         with --tensorboard .tb/
+         with --tensorboard .tb/; two-stage also <name>.cnn*.pt and <name>.features/
+         --evaluate: <results>/classifier/<name>/metrics.csv, .json, predictions.csv, predictions_binary.csv,
+         scans.csv, of subtypes RSNA's submission.csv, and figures as PNG
 Example: python train_classifier.py --task stroke --input clean --epochs 40 --batch-size 32
-         python train_classifier.py --task stroke --input noisy --name classifier_noisy"""
+         python train_classifier.py --task stroke --input noisy --name classifier_noisy
+         python train_classifier.py --task subtypes --model cnn-bilstm --name scan_classifier
+         python train_classifier.py --evaluate saved_models/scan_classifier.pt
+         python train_classifier.py --evaluate saved_models/classifier.pt --dose-model projection --doses 0.1
+
+--evaluate does not train. Beside its own options it takes --data, --dose-model, --doses, --seed (of noise and
+bootstrap) and --device, and no others; the rest is as the checkpoint was trained. A classifier of clean slices
+is scored on these, and where doses are given on noisy ones as well."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 import checkpoints
+import classified
 import metrics
 import stage
 import training
+import two_stage
+from answers import Validation, known_targets, sampling
+from classifiers import THREE_WINDOWS_MEAN, THREE_WINDOWS_SD, pretrained
 from dataset import (
     BRAIN_WINDOW,
     LABELS,
+    SPLITS,
     TASKS,
+    THREE_WINDOWS,
     Batch,
     Pack,
-    augment,
+    ScanBatches,
+    Task,
+    jitter_window,
     load_pack,
     native_size,
-    task_targets,
+    padded,
 )
-from inference import classify, denoise, load_classifier, load_denoiser
-from losses import masked_bce_loss
-from low_dose import LowDose, check_doses
-from models import CLASSIFIERS, build_model
+from inference import Probabilities, load_classifier, load_denoiser, read
+from losses import masked_bce_loss, masked_cross_entropy_loss, rmse_loss
+from low_dose import check_doses
+from models import CLASSIFIERS, SEQUENCE_MODELS, build_model
+from reading_inputs import INPUTS, ReadingInputs
 
-INPUTS = ("clean", "noisy", "denoised")
-VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
+WIDTH = 64  # of ResNet-18 in the paper
+WINDOWS = {
+    "brain": {"windows": [list(BRAIN_WINDOW)]},
+    "three": {
+        "windows": [list(window) for window in THREE_WINDOWS],
+        "mean": list(THREE_WINDOWS_MEAN),
+        "sd": list(THREE_WINDOWS_SD),
+    },
+}
+BATCH_SIZE, SCANS = 32, 4  # slices, and scans, of a batch
+JOINT_WEIGHT = 0.02  # of the image's RMSE, 5 HU of which then weigh as a tenth of an undecided answer
+SEQUENCE = {"epochs": 30, "lr": 1e-3}  # of the second step of two-stage
+FOLDS, COMPONENTS, AUXILIARY = 3, 120, 0.5
 
 
 def get_parser() -> stage.StageParser:
     parser = stage.StageParser(__doc__)
-    training.add_run_options(parser, name="classifier", epochs=40, batch_size=32, lr=1e-3, weight_decay=0.05)
+    training.add_run_options(
+        parser, name="classifier", epochs=40, batch_size=BATCH_SIZE, lr=1e-3, weight_decay=0.05
+    )
     parser.add_argument("--task", choices=sorted(TASKS), default="stroke", help="question (default: stroke)")
-    parser.add_argument("--input", choices=INPUTS, default="clean", help="what it learns on (default: clean)")
-    parser.add_argument("--denoiser", type=Path, help="for --input denoised (default: denoiser.pt in --out)")
+    parser.add_argument(
+        "--input", choices=(*INPUTS, "joint"), default="clean", help="what it learns on (default: clean)"
+    )
+    parser.add_argument(
+        "--denoiser", type=Path, help="for --input denoised and joint (default: denoiser.pt in --out)"
+    )
+    parser.add_argument(
+        "--joint-weight",
+        type=stage.fraction,
+        help=f"joint: of the image's RMSE in HU beside the answer (default: {JOINT_WEIGHT})",
+    )
     parser.add_argument(
         "--finetune", type=Path, help="begin with the weights of this classifier, e.g. on noisy slices"
-    )
-    parser.add_argument(
-        "--model", choices=sorted(CLASSIFIERS), default="resnet18", help="network (default: resnet18)"
-    )
-    parser.add_argument(
-        "--width", type=stage.positive_int, default=64, help="channels of the first stage (default: 64)"
     )
     parser.add_argument(
         "--balance",
@@ -67,181 +104,522 @@ def get_parser() -> stage.StageParser:
         default=[],
         help="labels whose unknown values count as 0, e.g. ischemia on RSNA; kept in the checkpoint",
     )
+    parser.add_argument(
+        "--label-smoothing", type=stage.fraction, default=0.0, help="share of the truth (default: 0)"
+    )
+    parser.add_argument(
+        "--window-jitter",
+        type=stage.fraction,
+        default=0.0,
+        help="windows off by up to this share of 80 HU in training (default: 0)",
+    )
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--model",
+        choices=(*sorted(CLASSIFIERS), *SEQUENCE_MODELS),
+        default="resnet18",
+        help="of slices, or of whole scans: cnn-bilstm, two-stage (default: resnet18)",
+    )
+    group.add_argument(
+        "--backbone", choices=sorted(CLASSIFIERS), help="of a network of scans (default: resnet18)"
+    )
+    group.add_argument("--width", type=stage.positive_int, help=f"resnet18: first stage (default: {WIDTH})")
+    group.add_argument("--windows", choices=WINDOWS, default="brain", help="as channels (default: brain)")
+    group.add_argument("--slices", type=stage.positive_int, default=1, help="3, 5, ...: with neighbours")
+    group.add_argument("--dropout", type=stage.fraction, default=0.0, help="before the head (default: 0)")
+    group.add_argument("--pretrained", action="store_true", help="begin with weights of natural images")
+    group.add_argument("--weights", type=Path, help="file of these weights (default: timm's download)")
+    group = parser.add_argument_group("scans (cnn-bilstm end to end; two-stage after Burduja et al.)")
+    group.add_argument("--scans", type=stage.positive_int, help=f"of a batch (default: {SCANS})")
+    group.add_argument(
+        "--scan-length", type=stage.positive_int, help="in training, slices in uniform steps (default: all)"
+    )
+    group.add_argument(
+        "--auxiliary-loss-weight",
+        type=stage.fraction,
+        help=f"lambda: (1 - lambda) L_scan + lambda L_slice (default: {AUXILIARY})",
+    )
+    group.add_argument("--hidden", type=stage.positive_int, help="states of the BiLSTM (default: 256)")
+    group.add_argument("--cnn", type=Path, help="two-stage: trained classifier (default: trained first)")
+    group.add_argument(
+        "--folds", type=stage.positive_int, help=f"two-stage: for its probabilities (default: {FOLDS})"
+    )
+    group.add_argument(
+        "--components", type=stage.positive_int, help=f"two-stage: of the PCA (default: {COMPONENTS})"
+    )
+    group.add_argument(
+        "--epochs-sequence", type=stage.positive_int, help=f"two-stage (default: {SEQUENCE['epochs']})"
+    )
+    group.add_argument(
+        "--lr-sequence", type=stage.positive_float, help=f"two-stage (default: {SEQUENCE['lr']:g})"
+    )
     training.add_dose_options(parser, training.DOSE_MODEL)
     training.add_noise_option(parser)
+    group = parser.add_argument_group("a trained classifier, instead of training")
+    group.add_argument("--evaluate", type=Path, metavar="CKPT", help="score this checkpoint alone")
+    group.add_argument("--split", choices=SPLITS, help="that is scored (default: test)")
+    group.add_argument("--results", type=Path, help="(default: results)")
+    group.add_argument(
+        "--mirrored", action="store_true", help="the mean with the mirrored slices (test-time augmentation)"
+    )
     return parser
 
 
-def known_targets(
-    pack: Pack, split: str, task: str, assume_absent: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """((N, classes) targets, rows whose answer is known). Raises InputError if there are none, or if train
-    lacks a class."""
-    targets = task_targets(task, pack.labels, assume_absent)
-    rows = np.flatnonzero(~np.isnan(targets).all(axis=1))
-    found = set(targets[rows, 0].tolist())
-    if not found:
-        raise stage.InputError(
-            f"--task {task}: no slice with a known answer in {split} (other data, or --assume-absent)"
-        )
-    if split == "train" and found != {0.0, 1.0}:
-        raise stage.InputError(f"--task {task}: only slices with answer {found.pop():.0f} (--assume-absent?)")
-    if found != {0.0, 1.0}:
-        stage.log.warning("val holds one class only: no AUC, no threshold, the last epoch is kept")
-    return targets, rows
+# the options of the mode that does not train, and those that training has as well
+MODES = {"evaluate": ("split", "results", "mirrored")}
+SHARED = ("data", "dose_model", "doses", "seed", "device", "debug")
 
 
-def validator(
-    pack: Pack, targets: np.ndarray, rows: np.ndarray, images: np.ndarray, origin: str
-) -> Callable[[torch.nn.Module], dict]:
-    """validate(model) -> loss, AUC and the thresholds of largest Youden index, per slice and per scan.
-
-    images: (len(rows), H, W) HU as the classifier is to see them. origin: where the thresholds come from."""
-    own, series = targets[rows, 0], pack.series_of[rows]
-
-    def validate(model: torch.nn.Module) -> dict:
-        scores = classify(model, images)[:, 0].astype(np.float64)
-        clipped = scores.clip(1e-7, 1 - 1e-7)
-        scan_own, scan_scores = metrics.scan_scores(own, series), metrics.scan_scores(scores, series)
-        known = ~np.isnan(scan_own)
-        return {
-            "loss": float(-np.where(own == 1, np.log(clipped), np.log(1 - clipped)).mean()),
-            "auc": metrics.auc(own, scores),
-            "auc_scan": metrics.auc(scan_own[known], scan_scores[known]),
-            "thresholds": {
-                "slice": {"value": metrics.youden_threshold(own, scores), "origin": origin},
-                "scan": {
-                    "value": metrics.youden_threshold(scan_own[known], scan_scores[known]),
-                    "origin": origin,
-                },
-            },
-        }
-
-    return validate
+def given_options(argv: Sequence | None) -> set[str]:
+    """The options that a command line names, be it with their defaults."""
+    names = vars(get_parser().parse_args([]))
+    blank = argparse.Namespace(**dict.fromkeys(names))  # argparse leaves alone what is there
+    return {name for name, value in vars(get_parser().parse_args(argv, blank)).items() if value is not None}
 
 
-def start_from(path: Path, name: str, kwargs: dict) -> tuple[dict, dict]:
-    """(weights, facts) of the classifier to begin with. Raises InputError if it is another network."""
-    network, facts = load_classifier(path)
-    wanted = {"name": name, "kwargs": kwargs}
-    if facts["model"] != wanted:
-        raise stage.InputError(f"--finetune {path}: is {facts['model']}, to be trained is {wanted}")
-    return network.state_dict(), facts
+def training_only(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+    """The options without those of MODES, which decide nothing in a training.
+
+    given: of given_options. Raises InputError for one whose mode is not asked for, and for one of training
+    beside a mode."""
+    own = {*MODES, *(option for options in MODES.values() for option in options)}
+    for mode, options in MODES.items():
+        asked = mode in given
+        wrong = given - {mode, *options, *SHARED} if asked else given & set(options)
+        if wrong:
+            words = f"--{min(wrong).replace('_', '-')}"
+            reason = f"not with --{mode}, which does not train" if asked else f"only with --{mode}"
+            raise stage.InputError(f"{words}: {reason} (leave it out)")
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in own})
 
 
-def sampling(
-    targets: np.ndarray, rows: np.ndarray, balance: str
-) -> tuple[np.ndarray | None, torch.Tensor | None]:
-    """(sampling weights of rows, pos_weight): never both, which would balance twice."""
-    positive = targets[rows, 0] == 1
-    if balance == "sampler":
-        return np.where(positive, 1 / positive.sum(), 1 / (~positive).sum()), None
-    if balance == "pos-weight":
-        return None, torch.tensor([(~positive).sum() / positive.sum()], dtype=torch.float32)
-    return None, None
-
-
-def main(argv: list[str] | None = None) -> None:
-    for args in training.each_seed(get_parser().parse_args(argv)):
-        train_one(args)
-
-
-def train_one(args: argparse.Namespace) -> None:
-    """One classifier, as the options have it."""
-    device = training.pick_device(args.device)
-    options = training.pick_options(args, device)
-    simulation = args.dose_model, args.doses, args.noise_realisations
-    if args.input == "clean" and simulation != (None, None, None):
-        raise stage.InputError(
-            "--dose-model, --doses, --noise-realisations: clean slices have no low dose (leave them out)"
-        )
-    dose_model = args.dose_model or training.DOSE_MODEL
-    doses = check_doses(dose_model, args.doses)
-    denoiser, start, parents, seen = None, None, {}, []
-    kwargs = {"classes": list(TASKS[args.task].classes), "window": list(BRAIN_WINDOW), "width": args.width}
-    if args.input == "denoised":
-        path = args.denoiser or args.out / "denoiser.pt"
-        denoiser, facts = load_denoiser(path, device)
-        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
-        seen += facts["trained_on"]
-    elif args.denoiser is not None:
-        raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
-    if args.finetune is not None:
-        start, facts = start_from(args.finetune, args.model, kwargs)
-        parents["finetune"] = {"path": args.finetune.name, "sha256": checkpoints.file_sha256(args.finetune)}
-        seen += facts["trained_on"]
-    size = args.size or native_size(args.data)
-    train, val = (load_pack(args.data, split, size) for split in ("train", "val"))
-    targets, rows = known_targets(train, "train", args.task, args.assume_absent)
-    weights, pos_weight = sampling(targets, rows, args.balance)
-    pos_weight = None if pos_weight is None else pos_weight.to(device)
-
-    low_dose = None
-    if args.input != "clean":
-        low_dose = LowDose(train, dose_model, doses, training.noise_realisations(args, device))
-
-    def loss_fn(network: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:
-        if low_dose is None:
-            return masked_bce_loss(network(augment(batch.hu, batch.seeds)), batch.targets, pos_weight)
-        _, hu, drawn = low_dose.pair(batch, augment, 1 if denoiser is None else denoiser.slices)
-        if denoiser is not None:
-            levels = torch.tensor(low_dose.levels(batch.rows, drawn), dtype=torch.float32, device=device)
-            with torch.no_grad():
-                hu = denoiser(hu, levels)
-        return masked_bce_loss(network(hu), batch.targets, pos_weight)
-
-    val_targets, val_rows = known_targets(val, "val", args.task, args.assume_absent)
-
-    def make_validate() -> Callable[[torch.nn.Module], dict]:
-        images, origin = np.asarray(val.image[val_rows]), f"largest Youden index on val, {args.input} slices"
-        if args.input != "clean":
-            turns = [doses[place % len(doses)] for place in range(len(val_rows))]
-            source = LowDose(val, dose_model, doses)
-            images = source.evaluation(val_rows, turns, VALIDATION_SEED)
-            levels = source.levels(val_rows, turns)
-            origin += f", {dose_model} {' '.join(f'{dose:g}' for dose in doses)} in turn"
-        if denoiser is not None:
-            images = denoise(denoiser, images, levels, val.series_of[val_rows])
-        return validator(val, val_targets, val_rows, images, origin)
-
-    def make_model() -> torch.nn.Module:
-        model = build_model(args.model, **kwargs)
-        if start is not None:
-            model.load_state_dict(start)
-        return model
-
-    done = training.run(
-        args,
-        train,
-        val,
-        options=options,
-        make_model=make_model,
-        loss_fn=loss_fn,
-        make_validate=make_validate,
-        facts={
-            "stage": "classifier",
-            "model": {"name": args.model, "kwargs": kwargs},
-            "task": args.task,
-            "classes": kwargs["classes"],
-            "input": args.input,
-            "assume_absent": args.assume_absent,
-            "dose_model": dose_model if args.input != "clean" else None,
-            "doses": doses if args.input != "clean" else [],
-            "parents": parents,
-        },
-        seen=seen,
-        select=("auc", "max"),
-        device=device,
-        rows=rows,
-        weights=weights,
-        targets=targets,
+def evaluate(args: argparse.Namespace, command: str) -> None:
+    """Score one classifier alone."""
+    classified.evaluate(
+        args.evaluate,
+        data=args.data,
+        split=args.split or "test",
+        results=args.results or Path("results"),
+        dose_model=args.dose_model,
+        doses=args.doses,
+        seed=args.seed,
+        mirrored=args.mirrored,
+        device=training.pick_device(args.device),
+        command=command,
     )
-    if done is not None:
+
+
+# which options belong to what only
+ONLY_FOR = {
+    "scans": SEQUENCE_MODELS,
+    "scan_length": SEQUENCE_MODELS,
+    "auxiliary_loss_weight": SEQUENCE_MODELS,
+    "hidden": SEQUENCE_MODELS,
+    "backbone": SEQUENCE_MODELS,
+    "cnn": ("two-stage",),
+    "folds": ("two-stage",),
+    "components": ("two-stage",),
+    "epochs_sequence": ("two-stage",),
+    "lr_sequence": ("two-stage",),
+}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect. Raises InputError."""
+
+    def refuse(option: str, reason: str) -> None:
+        raise stage.InputError(f"--{option.replace('_', '-')}: {reason} (leave it out)")
+
+    for option, models in ONLY_FOR.items():
+        if getattr(args, option) is not None and args.model not in models:
+            refuse(option, f"only for --model {' and '.join(models)}")
+    if args.input == "clean":
+        for option in ("dose_model", "doses", "noise_realisations"):
+            if getattr(args, option) is not None:
+                refuse(option, "clean slices have no low dose")
+    if args.denoiser is not None and args.input not in ("denoised", "joint"):
+        refuse("denoiser", f"only for --input denoised and joint, not {args.input}")
+    if args.joint_weight is not None and args.input != "joint":
+        refuse("joint_weight", "only for --input joint")
+    if args.input == "joint" and args.model in SEQUENCE_MODELS:
+        raise stage.InputError(f"--input joint: for networks of slices, not {args.model} (choose another)")
+    if args.model == "cnn-bilstm" and args.batch_size != BATCH_SIZE:
+        refuse("batch_size", "cnn-bilstm learns from whole scans, see --scans")
+    if args.width is not None and "resnet18" not in (args.model, args.backbone or "resnet18"):
+        refuse("width", "only for resnet18")
+    if args.weights is not None and not args.pretrained:
+        raise stage.InputError("--weights: give --pretrained too, or leave it out")
+    if args.pretrained and args.finetune is not None:
+        refuse("pretrained", "--finetune begins with other weights")
+    if args.cnn is not None:
+        for option in ("backbone", "width", "finetune"):
+            if getattr(args, option) is not None:
+                refuse(option, "--cnn is what it is")
+        if args.pretrained:
+            refuse("pretrained", "--cnn is what it is")
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    """What all networks of one command have in common. denoiser: (network, facts), where there is one."""
+
+    args: argparse.Namespace
+    device: torch.device
+    train: Pack
+    val: Pack
+    targets: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> (of slices, of scans)
+    inputs: dict[str, ReadingInputs]  # split -> what the network is to see
+    denoiser: tuple[nn.Module, dict] | None
+    facts: dict  # of the checkpoints, without stage and model
+    seen: list[str]
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.args.task]
+
+    def loss(self, pos_weight: torch.Tensor | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """loss(logits, targets), of slices or of scans."""
+        function = masked_cross_entropy_loss if self.task.exclusive else masked_bce_loss
+        weights = None if self.task.weights is None else torch.tensor(self.task.weights, device=self.device)
+        pos_weight = None if pos_weight is None else pos_weight.to(self.device)
+        smoothing = self.args.label_smoothing
+        return lambda logits, targets: function(
+            logits, targets, pos_weight, weights=weights, smoothing=smoothing
+        )
+
+    def fit(self, args: argparse.Namespace, select: tuple[str, str], **more: Any) -> Path | None:
+        """Train one network and say how good it is. more: as for training.run. Returns its checkpoint."""
+        facts = self.facts | more.pop("facts")
+        done = training.run(
+            args,
+            more.pop("train", self.train),
+            self.val,
+            options=training.pick_options(args, self.device),
+            facts=facts,
+            seen=[*self.seen, *more.pop("seen", ())],
+            select=select,
+            device=self.device,
+            **more,
+        )
+        if done is None:
+            return None
         path, best = done
         stage.say(
             f"{path}: epoch {best['epoch']}, validation AUC {metrics.shown(best['auc'])} per slice, "
-            f"{metrics.shown(best['auc_scan'])} per scan ({args.task}, {args.input} input)"
+            f"{metrics.shown(best['auc_scan'])} per scan ({self.args.task}, {self.args.input} input)"
         )
+        return path
+
+
+def with_options(args: argparse.Namespace, **changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changed})
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Data, targets and inputs of one command. Raises InputError for what does not go together."""
+    device = training.pick_device(args.device)
+    dose_model = args.dose_model or training.DOSE_MODEL
+    doses = check_doses(dose_model, args.doses)
+    denoiser, parents, seen = None, {}, []
+    if args.input in ("denoised", "joint"):
+        path = args.denoiser or args.out / "denoiser.pt"
+        denoiser = load_denoiser(path, device)
+        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
+        seen += denoiser[1]["trained_on"]
+    size = args.size or native_size(args.data)
+    packs = {split: load_pack(args.data, split, size) for split in ("train", "val")}
+    targets = {
+        split: known_targets(
+            pack, split, args.task, args.assume_absent, of_scans=args.model in SEQUENCE_MODELS
+        )
+        for split, pack in packs.items()
+    }
+    clean = args.input == "clean"
+    inputs = {}
+    for split, pack in packs.items():
+        stored = 0 if clean or split == "val" else training.noise_realisations(args, device)
+        before = denoiser[0] if args.input == "denoised" else None
+        inputs[split] = ReadingInputs(
+            pack, None if clean else dose_model, doses, realisations=stored, denoiser=before
+        )
+    facts = {
+        "task": args.task,
+        "classes": list(TASKS[args.task].classes),
+        "input": args.input,
+        "assume_absent": args.assume_absent,
+        "dose_model": None if clean else dose_model,
+        "doses": [] if clean else doses,
+        "parents": parents,
+    }
+    return Run(args, device, packs["train"], packs["val"], targets, inputs, denoiser, facts, seen)
+
+
+def cnn_kwargs(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The arguments of the classifier of slices that the options ask for."""
+    kwargs = {"classes": list(TASKS[args.task].classes), **WINDOWS[args.windows]}
+    if args.slices != 1:
+        kwargs["slices"] = args.slices
+    if args.dropout:
+        kwargs["dropout"] = args.dropout
+    if name == "resnet18":
+        kwargs["width"] = args.width or WIDTH
+    return kwargs
+
+
+def start_from(path: Path, model: dict) -> tuple[dict, dict]:
+    """(weights, facts) of the classifier to begin with. Raises InputError if it is another network."""
+    network, facts = load_classifier(path)
+    if facts["model"] != model:
+        raise stage.InputError(f"--finetune {path}: is {facts['model']}, to be trained is {model}")
+    return network.state_dict(), facts
+
+
+class Start(NamedTuple):
+    """What a network begins with: load(network), and what its checkpoint says of it."""
+
+    load: Callable[[nn.Module], None]
+    parents: dict
+    seen: list[str]
+
+
+def pick_start(args: argparse.Namespace, model: dict) -> Start:
+    """Of --finetune, --pretrained, or nothing."""
+    if args.finetune is not None:
+        state, facts = start_from(args.finetune, model)
+        parent = {"path": args.finetune.name, "sha256": checkpoints.file_sha256(args.finetune)}
+        return Start(
+            lambda network: network.load_state_dict(state), {"finetune": parent}, facts["trained_on"]
+        )
+    if args.pretrained:
+        return Start(lambda network: pretrained(getattr(network, "cnn", network), args.weights), {}, [])
+    return Start(lambda _network: None, {}, [])
+
+
+def train_slices(run: Run, args: argparse.Namespace, keep: np.ndarray | None = None) -> Path | None:
+    """One classifier of slices. keep: (N,) bool, the training slices to learn from (default: all)."""
+    joint = args.input == "joint"
+    model = {"name": args.model, "kwargs": cnn_kwargs(args, args.model)}
+    start = pick_start(args, model)
+    if joint:
+        parts = {"denoiser": run.denoiser[1]["model"], "classifier": model}
+        model = {"name": "joint", "kwargs": parts}
+    slices = run.targets["train"][0]
+    used = slices if keep is None else np.where(keep[:, None], slices, np.nan)
+    balance = sampling(run.task, used, args.balance)
+    loss = run.loss(balance.pop("pos_weight"))
+    weight = JOINT_WEIGHT if args.joint_weight is None else args.joint_weight
+
+    def loss_fn(network: training.Network, batch: Batch) -> Any:
+        hu, full = run.inputs["train"].draw(batch, args.slices)
+        if joint:
+            logits, image = network(hu, denoised=True)
+            terms = {"answer": loss(logits, batch.targets), "image": rmse_loss(image, full, None)}
+            return terms["answer"] + weight * terms["image"], terms
+        return loss(network(jitter_window(hu, batch.moves, args.window_jitter)), batch.targets)
+
+    def make_model() -> nn.Module:
+        network = build_model(model["name"], **model["kwargs"])
+        if joint:
+            network.denoiser.load_state_dict(run.denoiser[0].state_dict())
+        start.load(network.classifier if joint else network)
+        return network
+
+    def make_validate() -> Validation:
+        images, source = run.inputs["val"].fixed(), run.inputs["val"].describe()
+        return Validation(
+            run.task, run.targets["val"], lambda network: read(network, images, run.val.series_of), source
+        )
+
+    return run.fit(
+        args,
+        ("auc_mean" if len(run.task.classes) > 1 else "auc", "max"),
+        make_model=make_model,
+        loss_fn=loss_fn,
+        make_validate=make_validate,
+        facts={"stage": "classifier", "model": model, "parents": run.facts["parents"] | start.parents},
+        seen=start.seen,
+        targets=slices,
+        **balance,
+    )
+
+
+def sequence_loss(run: Run, pos_weight: torch.Tensor | None) -> Callable:
+    """loss(reading, batch) -> ((1 - lambda) L_scan + lambda L_slice, both)."""
+    share = AUXILIARY if run.args.auxiliary_loss_weight is None else run.args.auxiliary_loss_weight
+    loss = run.loss(pos_weight)
+
+    def of_reading(reading: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scan, slices = reading
+        terms = {
+            "scan": loss(scan, batch.scan_targets),
+            "slice": loss(slices[batch.present], batch.targets),
+        }
+        return (1 - share) * terms["scan"] + share * terms["slice"], terms
+
+    return of_reading
+
+
+def scan_batches(run: Run) -> dict[str, Any]:
+    """What training.run needs for batches of whole scans, and pos_weight."""
+    slices, scans = run.targets["train"]
+    balance = sampling(run.task, scans, run.args.balance)
+    more = {"scan_targets": scans, "targets": slices, "length": run.args.scan_length}
+    return balance | more | {"make_batches": ScanBatches, "batch_size": run.args.scans or SCANS}
+
+
+def sequence_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.hidden is None else {"hidden": args.hidden}
+
+
+def train_end_to_end(run: Run, args: argparse.Namespace) -> Path | None:
+    """CNN and BiLSTM together, from whole scans."""
+    backbone = args.backbone or "resnet18"
+    classes = list(run.task.classes)
+    cnn = {"name": backbone, "kwargs": cnn_kwargs(args, backbone)}
+    model = {
+        "name": args.model,
+        "kwargs": {"cnn": cnn, "classes": classes, "dropout": args.dropout} | sequence_kwargs(args),
+    }
+    start = pick_start(args, model)
+    batches = scan_batches(run)
+    loss = sequence_loss(run, batches.pop("pos_weight"))
+
+    def loss_fn(network: training.Network, batch: Batch) -> Any:
+        hu, _ = run.inputs["train"].draw(batch, args.slices)
+        hu = jitter_window(hu, batch.moves, args.window_jitter)
+        return loss(network(padded(hu, batch.present), batch.present), batch)
+
+    def make_model() -> nn.Module:
+        network = build_model(model["name"], **model["kwargs"])
+        start.load(network)
+        return network
+
+    def make_validate() -> Validation:
+        images, source = run.inputs["val"].fixed(), run.inputs["val"].describe()
+        share = AUXILIARY if args.auxiliary_loss_weight is None else args.auxiliary_loss_weight
+        return Validation(
+            run.task,
+            run.targets["val"],
+            lambda network: read(network, images, run.val.series_of),
+            source,
+            share,
+        )
+
+    return run.fit(
+        args,
+        ("loss", "min"),
+        make_model=make_model,
+        loss_fn=loss_fn,
+        make_validate=make_validate,
+        facts={"stage": "classifier", "model": model, "parents": run.facts["parents"] | start.parents},
+        seen=start.seen,
+        **batches,
+    )
+
+
+def train_two_stage(run: Run, args: argparse.Namespace) -> Path | None:
+    """A CNN, unless there is one, CNNs of folds, embeddings and their PCA, and the BiLSTM over these."""
+    count, components = args.folds or FOLDS, args.components or COMPONENTS
+    folds = two_stage.folds_of(run.train, count, args.seed)
+    if args.cnn is not None:
+        cnn, facts = load_classifier(args.cnn, run.device)
+        if facts["classes"] != list(run.task.classes) or not hasattr(cnn, "embed"):
+            raise stage.InputError(
+                f"--cnn {args.cnn}: has classes {', '.join(facts['classes'])} and network "
+                f"{facts['model']['name']}; a classifier of slices for --task {args.task} is needed"
+            )
+        path, backbone = args.cnn, facts["model"]["name"]
+        own = with_options(args, model=backbone, width=facts["model"]["kwargs"].get("width"))
+    else:
+        own = with_options(args, model=args.backbone or "resnet18")
+        path = train_slices(run, with_options(own, name=f"{args.name}.cnn"))
+    paths = [
+        train_slices(run, with_options(own, name=f"{args.name}.cnn.fold{number}"), folds != number)
+        for number in range(count)
+    ]
+    names = [f"{args.name}.cnn.fold{number}.pt" for number in range(count)]
+    path = path or args.out / f"{args.name}.cnn.pt"  # another process than the first: it lies there by now
+    paths = [found or args.out / name for found, name in zip(paths, names, strict=True)]
+    cnn, facts = load_classifier(path, run.device)
+    model = {
+        "name": "two-stage",
+        "kwargs": {
+            "cnn": facts["model"],
+            "classes": list(run.task.classes),
+            "components": components,
+            **sequence_kwargs(args),
+        },
+    }
+    hashes = [checkpoints.file_sha256(one) for one in (path, *paths)]
+    folder = args.out / f"{args.name}.features"
+
+    def asked(split: str, pack: Pack) -> two_stage.Said:
+        key = [hashes[0], pack.key, run.inputs[split].describe(), run.facts["parents"]]
+
+        def ask() -> dict[str, np.ndarray]:
+            return two_stage.ask(cnn, run.inputs[split].fixed(), pack.series_of)._asdict()
+
+        return two_stage.Said(**two_stage.kept(folder / f"{split}.npz", key, ask))
+
+    def ask_folds() -> dict[str, np.ndarray]:
+        images, networks = run.inputs["train"].fixed(), [load_classifier(one, run.device)[0] for one in paths]
+        return {"probabilities": two_stage.out_of_fold(networks, folds, images, run.train.series_of)}
+
+    said = {"train": asked("train", run.train), "val": asked("val", run.val)}
+    key = [hashes, run.train.key, run.inputs["train"].describe(), run.facts["parents"]]
+    held_out = two_stage.kept(folder / "out_of_fold.npz", key, ask_folds)
+    said["train"] = said["train"]._replace(**held_out)
+    pca = two_stage.fit_pca(said["train"].embeddings, components)
+    features = {split: pca.features(words) for split, words in said.items()}
+    batches = scan_batches(run)
+    loss = sequence_loss(run, batches.pop("pos_weight"))
+
+    def loss_fn(network: training.Network, batch: Batch) -> Any:
+        return loss(network(padded(batch.hu[:, 0], batch.present), batch.present), batch)
+
+    def make_model() -> nn.Module:
+        network = build_model(model["name"], **model["kwargs"])
+        network.cnn.load_state_dict(cnn.state_dict())
+        network.set_pca(*pca)
+        return network
+
+    def reading(network: nn.Module) -> Probabilities:
+        return two_stage.read_features(network, features["val"], run.val.series_of)
+
+    share = AUXILIARY if args.auxiliary_loss_weight is None else args.auxiliary_loss_weight
+    source = run.inputs["val"].describe()
+    parent = {"path": path.name, "sha256": hashes[0]}
+    return run.fit(
+        with_options(
+            args,
+            epochs=args.epochs_sequence or SEQUENCE["epochs"],
+            lr=args.lr_sequence or SEQUENCE["lr"],
+        ),
+        ("loss", "min"),
+        train=two_stage.with_features(run.train, features["train"]),
+        make_model=make_model,
+        loss_fn=loss_fn,
+        make_validate=lambda: Validation(run.task, run.targets["val"], reading, source, share),
+        facts={"stage": "classifier", "model": model, "parents": run.facts["parents"] | {"cnn": parent}},
+        seen=facts["trained_on"],
+        **batches,
+    )
+
+
+TRAIN = {"cnn-bilstm": train_end_to_end, "two-stage": train_two_stage}
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = get_parser().parse_args(argv)
+    training_args = training_only(given, given_options(argv))
+    if given.evaluate:
+        evaluate(given, " ".join(["train_classifier.py", *map(str, sys.argv[1:] if argv is None else argv)]))
+        return
+    check_options(training_args)
+    for args in training.each_seed(training_args):
+        TRAIN.get(args.model, train_slices)(prepare(args), args)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ import metrics
 import stage
 import training
 from dataset import BRAIN_WINDOW, SPLITS, Batch, Pack, crop, load_pack, mirror, native_size, neighbours
-from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder, freeze
+from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder
 from display import to_grey
 from inference import denoise, load_denoiser
 from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss
 from low_dose import LowDose, check_doses
 from models import CLASSICAL, DENOISERS, PRESETS, build_model
+from weights import freeze
 
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
 WIDTHS = [64, 128, 256]  # of the paper on simulated low dose for stroke

@@ -711,12 +711,13 @@ def run(
     select: tuple[str, str],
     device: torch.device,
     samples: Callable[[nn.Module], dict[str, np.ndarray]] | None = None,
-    **sampling: np.ndarray | None,
+    make_batches: Callable[..., Batches] = Batches,
+    **sampling: Any,
 ) -> tuple[Path, dict[str, Any]] | None:
     """What every training stage does once it has its data, network and loss: join the other processes, take
     the lock, fit, keep the best. args: those of add_run_options, and options what pick_options made of them.
-    seen: patients that parents were trained on. sampling: rows, weights and targets of Batches. make_model,
-    make_validate: called when needed, the second in the first process only.
+    seen: patients that parents were trained on. sampling: what make_batches has, such as rows, weights and
+    targets. make_model, make_validate: called when needed, the second in the first process only.
 
     Returns (checkpoint, metrics of the best epoch) in the first process, None in the others. Raises as fit
     and open_run do."""
@@ -740,15 +741,8 @@ def run(
     place = world(device)
     torch.manual_seed(args.seed)
     model = make_model()
-    batches = Batches(
-        train,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=device,
-        rank=place.rank,
-        world_size=place.size,
-        **sampling,
-    )
+    where = {"device": device, "rank": place.rank, "world_size": place.size}
+    batches = make_batches(train, **{"batch_size": args.batch_size, "seed": args.seed, **where, **sampling})
     with open_run(args.out, args.name, resume=args.resume, overwrite=args.overwrite, place=place) as paths:
         best = fit(
             model,

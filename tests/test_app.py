@@ -340,8 +340,9 @@ def test_scores_of_every_arm_are_those_of_the_study(full):
     assert [arm.name for arm in arms] == ["1", "1n", "2", "2d"]
     folder = dataset.series_folders(full / "data", "test")[1]
     place = app.Place(app.stamp(folder / "metadata.json"), SIZE, 0)
-    scores = app.all_scores(place, app.Noise("calibrated", 5.0, 7), arms, SLICES, "cpu")
-    for arm, values in zip(arms, scores, strict=True):
+    scores = app.all_scores(place, app.Noise("calibrated", 5.0, 7), arms, "cpu")
+    for arm, (values, scan) in zip(arms, scores, strict=True):
+        assert scan == pytest.approx(values.max())
         classifier = load_classifier(arm.classifier.file.path)[0]
         expected = classify(classifier, noisy if arm.denoiser is None else denoised)[:, 0]
         np.testing.assert_allclose(values, expected, atol=1e-5)  # one slice at a time rounds otherwise

@@ -159,7 +159,8 @@ def test_checkpoints_hold_the_window_and_whom_they_were_trained_on(trained):
     people = {who for who, split in places(data).items() if split != "test"}
     for name, kind in (("denoiser", "denoiser"), ("classifier_denoised", "classifier")):
         facts = checkpoints.load(models / f"{name}.pt", kind)
-        assert len(facts["model"]["kwargs"]["window"]) == 2
+        kwargs = facts["model"]["kwargs"]
+        assert [len(window) for window in kwargs.get("windows", [kwargs.get("window")])] == [2]
         assert set(facts["trained_on"]) == people
 
 

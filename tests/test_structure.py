@@ -19,21 +19,14 @@ STAGES = (
     "app",
 )
 ORDER = (  # each imports only from its left
-    *("stage", "tomography", "dose", "anatomy", "artifacts", "metrics", "phantom"),
+    *("stage", "tomography", "dose", "anatomy", "artifacts"),
+    *("calibration", "intervals", "metrics", "phantom"),
     *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_sets"),
     *("nifti_series", "array_sets", "picture_sets", "scans"),
-    *(
-        "dataset",
-        "low_dose",
-        "weights",
-        "denoisers",
-        "classical",
-        "tiling",
-        "classifiers",
-        "models",
-        "losses",
-    ),
-    *("losses", "checkpoints", "runs", "training", "inference", "display", "denoised"),
+    *("dataset", "low_dose", "weights", "denoisers", "classical", "tiling"),
+    *("classifiers", "joint", "sequences", "models", "losses", "checkpoints"),
+    *("display", "explain", "runs", "training", "inference"),
+    *("reading_inputs", "answers", "two_stage", "denoised", "classified"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 

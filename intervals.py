@@ -1,0 +1,261 @@
+"""How sure a number is: patient bootstrap, DeLong, exact intervals of proportions, Holm.
+
+Arrays in, numbers out. Slices of one patient err together, so slice-level numbers take the patient bootstrap.
+DeLong and Clopper-Pearson want independent rows: one scan per patient. What cannot be computed is NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import beta, norm
+
+BOOTSTRAP_REPLICATES = 2000  # the ends of a 95 % interval then rest on 50 replicates each
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+UNKNOWN = Interval(math.nan, math.nan)
+
+# ---------------------------------------------------------------- patients drawn anew
+
+
+def patient_draws(count: int, seed: int, replicates: int) -> Iterator[np.ndarray]:
+    """How often each of count patients is drawn, count draws with replacement: replicates times (count,)."""
+    rng = np.random.default_rng(seed)
+    for _ in range(replicates):
+        yield rng.multinomial(count, np.full(count, 1 / count)).astype(np.float64)
+
+
+def patient_bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    count: int,
+    *,
+    seed: int,
+    replicates: int = BOOTSTRAP_REPLICATES,
+    level: float = LEVEL,
+) -> Interval:
+    """Percentile interval of statistic(times) where times (count,) says how often each patient is drawn.
+
+    Patients are numbered in order of id, as by np.unique. The same count and seed give the same draws, so
+    statistics of the same patients can be compared. Replicates that give NaN, such as those that drew one
+    class only, are left out; NaN if all do. Source: Efron & Tibshirani 1993, chapter 13."""
+    if not count:
+        return UNKNOWN
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.array([statistic(times) for times in patient_draws(count, seed, replicates)])
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return UNKNOWN
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def auc_of_draws(
+    targets: np.ndarray, scores: np.ndarray, patients: np.ndarray
+) -> Callable[[np.ndarray], float]:
+    """times -> AUC of the slices (N,) when each patient counts times (patients,); ties count half.
+
+    Exact: every count is an integer that float64 holds. The slices are ranked once, so that a replicate costs
+    one cumulative sum over the negatives: 2,000 replicates of 120,000 slices take seconds. NaN where a class
+    was not drawn or a score is NaN."""
+    targets, scores = np.asarray(targets), np.asarray(scores, np.float64)
+    _, owners = np.unique(np.asarray(patients), return_inverse=True)
+    if np.isnan(scores[~np.isnan(targets)]).any():
+        return lambda _: math.nan
+    order = np.argsort(scores, kind="stable")
+    ranked, targets, owners = scores[order], targets[order], owners[order]
+    positives, negatives = owners[targets == 1], owners[targets == 0]
+    first, last = _places(ranked[targets == 1], ranked[targets == 0])
+    below = np.zeros(len(negatives) + 1)  # weight of the negatives ranked before each place
+
+    def auc(times: np.ndarray) -> float:
+        weights = times[positives]
+        np.cumsum(times[negatives], out=below[1:])
+        pairs = weights.sum() * below[-1]
+        return weights @ (below[first] + below[last]) / (2 * pairs) if pairs else math.nan
+
+    return auc
+
+
+def bootstrap_auc(
+    targets: np.ndarray,
+    scores: np.ndarray,
+    patients: np.ndarray,
+    *,
+    seed: int,
+    replicates: int = BOOTSTRAP_REPLICATES,
+    level: float = LEVEL,
+) -> Interval:
+    """Interval of the AUC when patients, not slices, are drawn anew. targets, scores, patients: (N,)."""
+    auc = auc_of_draws(targets, scores, patients)
+    return patient_bootstrap(auc, len(np.unique(patients)), seed=seed, replicates=replicates, level=level)
+
+
+def bootstrap_auc_difference(
+    targets: np.ndarray,
+    scores_a: np.ndarray,
+    scores_b: np.ndarray,
+    patients: np.ndarray,
+    *,
+    seed: int,
+    replicates: int = BOOTSTRAP_REPLICATES,
+    level: float = LEVEL,
+) -> Interval:
+    """Interval of AUC(a) - AUC(b) of the same slices, each replicate drawing the same patients for both."""
+    auc_a, auc_b = (auc_of_draws(targets, scores, patients) for scores in (scores_a, scores_b))
+    return patient_bootstrap(
+        lambda times: auc_a(times) - auc_b(times),
+        len(np.unique(patients)),
+        seed=seed,
+        replicates=replicates,
+        level=level,
+    )
+
+
+def bootstrap_sums(
+    terms: np.ndarray,
+    patients: np.ndarray,
+    statistic: Callable[[np.ndarray], float],
+    *,
+    seed: int,
+    replicates: int = BOOTSTRAP_REPLICATES,
+    level: float = LEVEL,
+) -> Interval:
+    """Interval of statistic(sums (K,)), the sums over slices of terms (N, K), when patients are drawn anew.
+
+    Sensitivity has the terms (called and positive, positive) and the statistic sums[0] / sums[1]; Brier's
+    score (squared error, 1); an F1 three terms; an ECE one per bin."""
+    terms = np.asarray(terms, np.float64)
+    ids, owners = np.unique(np.asarray(patients), return_inverse=True)
+    sums = np.zeros((len(ids), terms.shape[1]))
+    np.add.at(sums, owners, terms)
+    return patient_bootstrap(
+        lambda times: statistic(times @ sums), len(ids), seed=seed, replicates=replicates, level=level
+    )
+
+
+# ---------------------------------------------------------------- DeLong, independent rows
+
+
+class Auc(NamedTuple):
+    auc: float
+    variance: float
+    low: float
+    high: float
+
+
+class AucDifference(NamedTuple):
+    difference: float  # AUC(a) - AUC(b)
+    standard_error: float
+    low: float
+    high: float
+    p: float
+
+
+def delong_auc(targets: np.ndarray, scores: np.ndarray, level: float = LEVEL) -> Auc:
+    """AUC of independent rows with DeLong's variance and an interval on the logit scale.
+
+    targets, scores: (N,); rows whose target is NaN count for nothing. The logit (delta method) keeps the
+    interval inside (0, 1) and its coverage near its level where the AUC is high; the symmetric one covers
+    87 % instead of 95 % at AUC 0.95 with 30 + 30 scans.
+
+    Separated classes have variance 0, which says nothing of the next patient. Then the min(positives,
+    negatives) pairs that share no row are independent trials, each won with probability AUC, and the interval
+    is Clopper and Pearson's for them: conservative, with 30 + 30 scans [0.884, 1].
+
+    Auc of NaN where a class is absent or a score is NaN; its variance and interval are NaN where a class has
+    one row. Source: DeLong 1988; the ranks instead of all pairs: Sun & Xu 2014; logit: Pepe 2003."""
+    found = _components(targets, scores)
+    if found is None:
+        return Auc(math.nan, math.nan, math.nan, math.nan)
+    wins, losses = found
+    area, variance = float(wins.mean()), _variance(wins, losses)
+    if math.isnan(variance):
+        return Auc(area, math.nan, math.nan, math.nan)
+    if variance == 0:
+        pairs = min(len(wins), len(losses))
+        return Auc(area, 0.0, *clopper_pearson(area * pairs, pairs, level))
+    reach = norm.ppf((1 + level) / 2) * math.sqrt(variance) / (area * (1 - area))
+    return Auc(area, variance, *(float(expit(logit(area) + side)) for side in (-reach, reach)))
+
+
+def delong_difference(
+    targets: np.ndarray, scores_a: np.ndarray, scores_b: np.ndarray, level: float = LEVEL
+) -> AucDifference:
+    """AUC(a) - AUC(b) of the same independent rows (N,), with normal interval and two-sided p.
+
+    p is 1 where both rank alike; the interval and p are NaN where the AUCs differ but the variance is 0.
+    All NaN where a class is absent or a score is NaN. Source: DeLong 1988, paired areas."""
+    a, b = _components(targets, scores_a), _components(targets, scores_b)
+    if a is None or b is None:
+        return AucDifference(*[math.nan] * 5)
+    difference = float(a[0].mean() - b[0].mean())
+    error = math.sqrt(_variance(a[0] - b[0], a[1] - b[1]))
+    if error == 0 and difference == 0:
+        return AucDifference(0.0, 0.0, 0.0, 0.0, 1.0)
+    if error == 0 or math.isnan(error):
+        return AucDifference(difference, error, math.nan, math.nan, math.nan)
+    reach = norm.ppf((1 + level) / 2) * error
+    p = 2 * norm.sf(abs(difference) / error)
+    return AucDifference(difference, error, difference - float(reach), difference + float(reach), float(p))
+
+
+def _components(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """(share of negatives below each positive, share of positives above each negative), ties half.
+
+    None where a class is absent or the score of a known row is NaN."""
+    targets, scores = np.asarray(targets), np.asarray(scores, np.float64)
+    positive, negative = scores[targets == 1], scores[targets == 0]
+    if not len(positive) or not len(negative) or np.isnan(positive).any() or np.isnan(negative).any():
+        return None
+    below, above = _places(positive, np.sort(negative)), _places(negative, np.sort(positive))
+    return sum(below) / (2 * len(negative)), 1 - sum(above) / (2 * len(positive))
+
+
+def _places(values: np.ndarray, ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(how many of ranked lie below each value, how many below or at it): half their sum counts ties half."""
+    return np.searchsorted(ranked, values, "left"), np.searchsorted(ranked, values, "right")
+
+
+def _variance(wins: np.ndarray, losses: np.ndarray) -> float:
+    """DeLong's variance of an AUC, or of a difference, from its components; NaN where a class has one row."""
+    if len(wins) < 2 or len(losses) < 2:
+        return math.nan
+    return float(wins.var(ddof=1) / len(wins) + losses.var(ddof=1) / len(losses))
+
+
+# ---------------------------------------------------------------- proportions and families of tests
+
+
+def clopper_pearson(successes: float, trials: float, level: float = LEVEL) -> Interval:
+    """Exact interval of a proportion of independent trials, such as sensitivity over scans.
+
+    It covers at least its level, unlike Wilson's, which covers it on average. NaN without trials. Source:
+    Clopper & Pearson 1934, as quantiles of the beta distribution."""
+    if not trials:
+        return UNKNOWN
+    tail, failures = (1 - level) / 2, trials - successes
+    return Interval(
+        float(beta.ppf(tail, successes, failures + 1)) if successes else 0.0,
+        float(beta.isf(tail, successes + 1, failures)) if failures else 1.0,
+    )
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p values adjusted for their number, (N,) in the order given: reject those at or below the level.
+
+    The family is fixed before the tests: a NaN stays NaN, but counts in the number. Source: Holm 1979."""
+    p_values = np.asarray(p_values, np.float64)
+    order = np.argsort(p_values, kind="stable")  # NaN last
+    steps = p_values[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted
