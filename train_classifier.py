@@ -11,9 +11,10 @@ Example: python train_classifier.py --task stroke --input clean --epochs 40 --ba
          python train_classifier.py --evaluate saved_models/scan_classifier.pt
          python train_classifier.py --evaluate saved_models/classifier.pt --dose-model projection --doses 0.1
 
---evaluate does not train. Beside its own options it takes --data, --dose-model, --doses, --seed (of noise and
-bootstrap) and --device, and no others; the rest is as the checkpoint was trained. A classifier of clean slices
-is scored on these, and where doses are given on noisy ones as well."""
+--evaluate does not train. Beside its own options it takes --data, --dose-model, --doses, --seed (of noise
+and bootstrap) and --device, and no others; the rest is as the checkpoint was trained. A classifier of clean
+slices is scored on these, and where doses are given on noisy ones as well. Where it sees several doses, the
+figures and submission.csv lie in clean/ and dose_<d>/."""
 
 from __future__ import annotations
 
@@ -245,7 +246,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise stage.InputError(f"--input joint: for networks of slices, not {args.model} (choose another)")
     if args.model == "cnn-bilstm" and args.batch_size != BATCH_SIZE:
         refuse("batch_size", "cnn-bilstm learns from whole scans, see --scans")
-    if args.width is not None and "resnet18" not in (args.model, args.backbone or "resnet18"):
+    cnn = args.backbone or "resnet18" if args.model in SEQUENCE_MODELS else args.model
+    if args.width is not None and cnn != "resnet18":
         refuse("width", "only for resnet18")
     if args.weights is not None and not args.pretrained:
         raise stage.InputError("--weights: give --pretrained too, or leave it out")
