@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.special import logit
 from sklearn.metrics import roc_curve
 
 import checkpoints
+import explained
 import metrics
 import stage
 import training
@@ -59,8 +61,8 @@ class Shown(NamedTuple):
         return "clean" if self.dose is None else f"dose {self.dose:g}"
 
     @property
-    def ending(self) -> str:
-        """Of names of files."""
+    def folder(self) -> str:
+        """Where its files lie, if there are several."""
         return self.title.replace(" ", "_")
 
 
@@ -84,8 +86,9 @@ def conditions(facts: dict, dose_model: str | None, doses: Sequence[float] | Non
 
 
 class Level(NamedTuple):
-    """The slices, or the scans, of a split: (N, classes) each of what is true (NaN where unknown), what the
-    classifier says, the same at the temperature of validation, and what position alone says. patients: (N,)."""
+    """The slices, or the scans, of a split. (N, classes) each: targets, NaN where unknown; found, what the
+    classifier says; calibrated, the same at the temperature of validation; null, what position alone says.
+    patients: (N,)."""
 
     name: str
     targets: np.ndarray
@@ -95,26 +98,35 @@ class Level(NamedTuple):
     patients: np.ndarray
 
 
-def read_split(model: ScanClassifier, pack: Pack, shown: Shown, seed: int, mirrored: bool) -> Probabilities:
-    """What a classifier says of every slice and scan of a pack, one series after the other."""
+Images = Callable[[np.ndarray], np.ndarray]  # rows of a whole series -> (S, H, W) HU
+
+
+def images_of(model: ScanClassifier, pack: Pack, shown: Shown, seed: int) -> Images:
+    """A function from the rows of a whole series to its slices as a classifier sees them, (S, H, W) HU."""
     low = None if shown.dose is None else LowDose(pack, shown.dose_model, [shown.dose])
-    ends = np.cumsum(np.bincount(pack.series_of))
-    series = np.split(np.arange(len(pack)), ends[:-1])
-    found = []
-    for rows in stage.progress(series, desc=shown.title, unit="scan"):
+
+    def images(rows: np.ndarray) -> np.ndarray:
         if low is None:
-            images = pack.image[rows]
-        else:
-            same = [shown.dose] * len(rows)
-            images = low.evaluation(rows, same, seed)
-            if model.denoiser is not None:
-                images = denoise(model.denoiser, images, low.levels(rows, same))
-        found.append(read(model.network, images, mirrored=mirrored))
+            return pack.image[rows]
+        same = [shown.dose] * len(rows)
+        noisy = low.evaluation(rows, same, seed)
+        return noisy if model.denoiser is None else denoise(model.denoiser, noisy, low.levels(rows, same))
+
+    return images
+
+
+def read_split(
+    model: ScanClassifier, pack: Pack, images: Images, title: str, mirrored: bool
+) -> Probabilities:
+    """What a classifier says of every slice and scan of a pack, one series after the other."""
+    ends = np.cumsum(np.bincount(pack.series_of))
+    series = stage.progress(np.split(np.arange(len(pack)), ends[:-1]), desc=title, unit="scan")
+    found = [read(model.network, images(rows), mirrored=mirrored) for rows in series]
     return Probabilities(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def heights(data: Path, split: str) -> tuple[np.ndarray, list[dict]]:
-    """(relative positions (N,) along the scans, labels) of all slices of a split, in the order of its pack."""
+    """(relative positions (N,) along the scans, labels) of the slices of a split, in its pack's order."""
     positions, series_of, labels = [], [], []
     for number, folder in enumerate(series_folders(data, split)):
         for entry in read_metadata(folder)["slices"]:
@@ -183,12 +195,13 @@ def score(facts: dict, level: Level, seed: int) -> list[dict]:
         columns(task, values) for values in (level.targets, level.found, level.calibrated, level.null)
     )
     common = {"level": level.name, "temperature": stored_number(facts, "temperatures", level.name)}
-    rows = []
+    rows: list[dict] = []
     for name in (*task.classes, QUESTION):
-        if name == QUESTION and len(task.classes) == 1:
-            rows.append(rows[0] | {"class": QUESTION})  # the same numbers: half the time
-            continue
         threshold = stored_number(facts, "thresholds", level.name, name)
+        twin = next((row for row in rows if np.array_equal(found[row["class"]], found[name])), None)
+        if twin and name == QUESTION and twin["threshold"] == threshold:
+            rows.append(twin | {"class": name})  # a class is the question: the bootstrap would say the same
+            continue
         row = metrics.report(
             targets[name],
             found[name],
@@ -203,6 +216,8 @@ def score(facts: dict, level: Level, seed: int) -> list[dict]:
         row |= {f"sens_at_{percent}_spec": row[f"sens_at_{percent}"] for percent in (90, 95)}
         row["ece_calibrated"] = expected_calibration_error(targets[name], warm[name])
         row["brier_calibrated"] = brier(targets[name], warm[name])
+        if math.isnan(row["auc_low"]):
+            row["auc_interval"] = None
         rows.append(common | {"class": name, "threshold": threshold} | row)
     return rows if len(task.classes) == 1 else [*rows, common | score_all(task, level, seed)]
 
@@ -221,9 +236,9 @@ def score_all(task: Task, level: Level, seed: int) -> dict:
         "n_patients": len(np.unique(level.patients[any_known])),
         "auc": mean_auc(level.found),
         "auc_null": mean_auc(level.null),
-        "auc_interval": "patient bootstrap",
     }
     if not math.isnan(row["auc"]):
+        row["auc_interval"] = "patient bootstrap"
         draws = [
             auc_of_draws(own, scores, level.patients)
             for own, scores in zip(level.targets.T, level.found.T, strict=True)
@@ -287,8 +302,8 @@ def slice_keys(pack: Pack) -> list[dict]:
 
 
 def submission_rows(task: Task, level: Level, keys: Sequence[dict]) -> Iterable[dict]:
-    """RSNA's `ID,Label`. The id of a slice is <series_uid>_<index>, its place in the prepared data: the ids of
-    images go no further than the readers."""
+    """RSNA's `ID,Label`. The id of a slice is <series_uid>_<index>, its place in the prepared data: the ids
+    of images go no further than the readers."""
     places = [task.classes.index(name) for name in SUBTYPES]
     for key, values in zip(keys, level.found, strict=True):
         for place, name in zip(places, SUBTYPES, strict=True):
@@ -297,7 +312,7 @@ def submission_rows(task: Task, level: Level, keys: Sequence[dict]) -> Iterable[
 
 
 def write_answers(folder: Path, pack: Pack, facts: dict, answers: dict[Shown, list[Level]]) -> list[str]:
-    """predictions.csv, predictions_binary.csv, scans.csv and of subtypes a submission. Returns their names."""
+    """predictions.csv, predictions_binary.csv, scans.csv, of subtypes submissions. Returns their names."""
     names = list(columns(TASKS[facts["task"]], np.empty((0, len(facts["classes"])))))
     several = len(answers) > 1
     slices = slice_keys(pack)
@@ -318,7 +333,7 @@ def write_answers(folder: Path, pack: Pack, facts: dict, answers: dict[Shown, li
     written = list(tables)
     if facts["task"] == "subtypes":
         for shown, levels in answers.items():
-            written.append(f"submission_{shown.ending}.csv" if several else "submission.csv")
+            written.append(f"{shown.folder}/submission.csv" if several else "submission.csv")
             rows = submission_rows(TASKS["subtypes"], levels[0], slices)
             write_table(folder / written[-1], ("ID", "Label"), rows)
     return written
@@ -352,24 +367,21 @@ def learning_curves(log: Path) -> Figure:
             if own:
                 axis.plot(*zip(*own, strict=True), ".-", label=label)
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure
 
 
 def roc_curves(task: Task, levels: Sequence[Level]) -> Figure:
-    """ROC of every class, and where there are several of the question."""
-    figure, axes = panels([f"per {level.name}, {len(level.targets)} of them" for level in levels])
+    """ROC of every class. That of the question is one of them, or its mirror image."""
+    figure, axes = panels([f"per {level.name}" for level in levels])
     for axis, level in zip(axes, levels, strict=True):
-        targets, found = columns(task, level.targets), columns(task, level.found)
-        for name in task.classes if len(task.classes) == 1 else (*task.classes, QUESTION):
-            area = metrics.auc(targets[name], found[name])
-            label = task.finding if name == QUESTION else name
-            lines = ([], [])
-            if not math.isnan(area):
-                lines = roc_curve(*known_rows(targets[name], found[name]))[:2]
-            style = {"color": "black", "linestyle": "--"} if name == QUESTION else {}
-            axis.plot(*lines, label=f"{label} {metrics.shown(area)}", **style)
+        for name, targets, scores in zip(task.classes, level.targets.T, level.found.T, strict=True):
+            area = metrics.auc(targets, scores)
+            absent = math.isnan(area)
+            line = ([], []) if absent else roc_curve(*known_rows(targets, scores))[:2]
+            axis.plot(*line, label=f"{name} {metrics.shown(area)}")
         axis.plot((0, 1), (0, 1), color="0.8", linewidth=1)
         axis.set(xlabel="1 - specificity", ylabel="sensitivity")
         axis.legend(fontsize=8, loc="lower right", title="AUC", title_fontsize=8)
@@ -436,34 +448,36 @@ def class_bars(task: Task, rows: Sequence[dict]) -> Figure:
             )
             reach = np.stack([values - low, high - values]).clip(0)  # an end of a bootstrap may lie inside
             axis.bar(places + 0.27 * (number - 1), values, 0.25, yerr=reach, label=label, capsize=2)
-        axis.set_xticks(places, [row["class"] for row in own], rotation=30 if len(own) > 3 else 0)
+        names = [row["class"] for row in own]
+        axis.set_xticks(places, names, **({"rotation": 30, "ha": "right"} if len(own) > 3 else {}))
         axis.set(ylim=(0, 1.05), xlim=(-0.7, len(own) - 0.3))
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8, loc="lower left")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(BARS), frameon=False, fontsize=8)
     return figure
 
 
 def write_pictures(
     folder: Path, model: ScanClassifier, answers: dict[Shown, list[Level]], rows: dict[Shown, list[dict]]
-) -> list[str]:
-    """All figures as PNG, of each of Shown its own; learning curves once. Returns their names."""
+) -> int:
+    """All figures as PNG, of each of Shown its own; learning curves once. Returns how many."""
     task = TASKS[model.facts["task"]]
     figures = {}
     log = model.path.with_suffix(".jsonl")
     if log.exists():
         figures["learning_curves"] = learning_curves(log)
     for shown, levels in answers.items():
-        end = f"_{shown.ending}" if len(answers) > 1 else ""
+        place = f"{shown.folder}/" if len(answers) > 1 else ""
         figures |= {
-            f"roc{end}": roc_curves(task, levels),
-            f"reliability{end}": reliability_diagram(task, levels),
-            f"confusion{end}": confusion(model.facts, levels),
-            f"classes{end}": class_bars(task, rows[shown]),
+            f"{place}roc": roc_curves(task, levels),
+            f"{place}reliability": reliability_diagram(task, levels),
+            f"{place}confusion": confusion(model.facts, levels),
+            f"{place}classes": class_bars(task, rows[shown]),
         }
     for name, figure in figures.items():
         with stage.atomic_write(folder / f"{name}.png", "wb") as file:
             figure.savefig(file, dpi=150, format="png")
-    return [f"{name}.png" for name in figures]
+    return len(figures)
 
 
 # ---------------------------------------------------------------- one classifier
@@ -511,15 +525,17 @@ def evaluate(
     doses: Sequence[float] | None,
     seed: int,
     mirrored: bool,
+    gradcam: bool,
     device: torch.device,
     command: str,
 ) -> None:
     """Score a classifier alone, write <results>/classifier/<name>/ and print the table.
 
-    dose_model, doses: see conditions. seed: of noise and bootstrap. Raises InputError as load_model does, and
-    for a classifier that was trained on a test patient."""
+    dose_model, doses: see conditions. seed: of noise and bootstrap. gradcam: score and show its heat too.
+    Raises InputError as load_model does, for a classifier that was trained on a test patient, and as
+    explained.score does."""
     model = load_model(path, device)
-    facts, task = model.facts, TASKS[model.facts["task"]]
+    facts = model.facts
     asked = conditions(facts, dose_model, doses)
     pack = load_pack(data, split, facts["size"])
     patients = set(pack.patient_ids().tolist())
@@ -529,9 +545,11 @@ def evaluate(
     folder = results / "classifier" / path.stem
     with stage.lock(folder / ".lock"):
         null = positional_nulls(data, split, facts)
-        answers, rows = {}, {}
+        answers, rows, seen_at = {}, {}, {}
         for shown in asked:
-            found = read_split(model, pack, shown, seed, mirrored)
+            images = images_of(model, pack, shown, seed)
+            found = read_split(model, pack, images, shown.title, mirrored)
+            seen_at[shown.title] = explained.Seen(images, found.slices)
             answers[shown] = both_levels(pack, facts, found, null)
             rows[shown] = [row for level in answers[shown] for row in score(facts, level, seed)]
         table = stage.plain(
@@ -561,15 +579,29 @@ def evaluate(
             "versions": checkpoints.versions(),
             "command": command,
         }
-        for pattern in ("*.png", "submission*.csv"):  # of an earlier run: they would pass for this one's
+        for pattern in (
+            "**/*.png",
+            "**/submission.csv",
+            "gradcam.csv",
+        ):  # of an earlier run: they would pass for this one's
             for old in folder.glob(pattern):
                 old.unlink()
         written = write_answers(folder, pack, facts, answers)
-        written += write_pictures(folder, model, answers, rows)
+        pictures = write_pictures(folder, model, answers, rows)
         write_table(folder / "metrics.csv", COLUMNS, table)
-        stage.write_json(folder / "metrics.json", {"manifest": manifest, "rows": table})
+        pointed = []
+        if gradcam:
+            classes = [name for name in facts["classes"] if name in explained.MASKS_OF]
+            pointed = explained.score(model.network, pack, seen_at, classes, folder)
+            written.append("gradcam.csv and pictures")
+        stage.write_json(
+            folder / "metrics.json",
+            {"manifest": manifest, "rows": table, "gradcam": stage.plain(explained.summary(pointed))},
+        )
     say_results(model, pack, split, seed, seen, rows)
-    stage.say(f"Wrote {folder}/: metrics.csv, metrics.json, {', '.join(written)}")
+    for row in explained.summary(pointed):
+        stage.say(f"  Grad-CAM, {explained.describe(row)}")
+    stage.say(f"Wrote {folder}/: metrics.csv, metrics.json, {', '.join(written)} and {pictures} figures")
 
 
 def about(shown: Shown, seed: int) -> dict[str, Any]:
@@ -596,9 +628,9 @@ def say_results(
     if seen:
         stage.say(f"  {seen} of these patients were seen in its training or validation: no fair test")
     stage.say(
-        "  Intervals of 95 %: patient bootstrap of slices, DeLong of scans (the bootstrap where a patient has "
-        "several). Null: AUC of the height in the scan alone, learnt from the training slices. Thresholds and "
-        "temperature (->) are those of validation; n/a: a class is absent, or validation chose none"
+        "  Intervals of 95 %: patient bootstrap of slices; DeLong of scans, or the bootstrap where a patient "
+        "has several. Null: AUC of the height in the scan alone, learnt from the training slices. Thresholds "
+        "and temperature (->) are those of validation. n/a: a class is absent, or validation chose none"
     )
     for shown, own in rows.items():
         named = "" if shown.dose_model is None else f" ({shown.dose_model}, {shown.input})"

@@ -10,7 +10,7 @@ As a library:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,7 @@ ROUTINE_NOISE_HU = 4.0  # of a scan in which none could be measured
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A denoiser or classifier, and what its checkpoint says."""
+    """A denoiser, classifier or segmenter, and what its checkpoint says."""
 
     path: Path
     network: nn.Module
@@ -153,6 +153,42 @@ def classify(
     return read(model, volume, series_of, mirrored=mirrored).slices
 
 
+@torch.inference_mode()
+def lesion_probabilities(
+    model: nn.Module, volume: np.ndarray, series_of: np.ndarray | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Where a segmenter sees lesions, some slices at a time: their place, and (B, classes, H, W) float32.
+
+    volume: (S, H, W) HU. series_of: as for denoise."""
+    device = next(model.parameters()).device
+    around = neighbours(np.zeros(len(volume), int) if series_of is None else series_of, model.slices)
+    starts = _batches(volume)
+    for start in starts:
+        some = slice(start, min(start + starts.step, len(volume)))
+        logits = model(torch.from_numpy(np.asarray(volume[around[some]], np.float32)).to(device))
+        found = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1:]
+        yield some, found.cpu().numpy()
+
+
+def lesion_mask(found: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Probabilities (S, classes, H, W) -> (S, H, W) uint8: 0, or from the threshold on the likeliest class.
+
+    threshold: of the probability that there is a lesion of any class. With one class a lesion is 1."""
+    return np.where(found.sum(1) >= threshold, 1 + found.argmax(1), 0).astype(np.uint8)
+
+
+def segment(
+    model: nn.Module, volume: np.ndarray, series_of: np.ndarray | None = None, threshold: float = 0.5
+) -> np.ndarray:
+    """Outline lesions. volume: (S, H, W) HU. Returns (S, H, W) uint8, see lesion_mask.
+
+    series_of: as for denoise. threshold: best the one in the checkpoint, facts["thresholds"]["lesion"]."""
+    out = np.empty(volume.shape, np.uint8)
+    for some, found in lesion_probabilities(model, volume, series_of):
+        out[some] = lesion_mask(found, threshold)
+    return out
+
+
 def load_denoiser(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """A denoiser checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
     return checkpoints.load_network(path, "denoiser", device)
@@ -161,6 +197,11 @@ def load_denoiser(path, device: torch.device | str = "cpu") -> tuple[nn.Module, 
 def load_classifier(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """A classifier checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
     return checkpoints.load_network(path, "classifier", device)
+
+
+def load_segmenter(path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """A segmenter checkpoint as (network, facts). Raises InputError as checkpoints.load does."""
+    return checkpoints.load_network(path, "segmenter", device)
 
 
 def check_patients(patients: Iterable[str], networks: Sequence[Network]) -> None:
@@ -191,8 +232,8 @@ def preprocess_scan(path: str | Path) -> Scan:
     path = Path(path)
     if not path.exists():
         raise stage.InputError(f"{path}: no such file or folder")
-    nifti = path.name.endswith((".nii", ".nii.gz"))
-    jobs, rejected = READERS["nifti" if nifti else "dicom"].discover(path)
+    source = "nifti" if path.name.lower().endswith((".nii", ".nii.gz")) else "dicom"
+    jobs, rejected = READERS[source].discover(path)
     if len(jobs) != 1:
         reason = f" ({rejected[0].reason})" if rejected and not jobs else " (give one)" if jobs else ""
         raise stage.InputError(f"{path}: {len(jobs)} CT series{reason}")

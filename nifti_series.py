@@ -537,13 +537,14 @@ BIDS_SUBJECT = re.compile(r"(?:^|[/_])sub-([A-Za-z0-9]+)")
 
 
 def discover_nifti(input_dir: str | Path) -> tuple[list[Job], list[Rejected]]:
-    """Every .nii and .nii.gz under a folder is a scan of which nothing is known. A mask of lesions may lie
-    beside it, as <stem>_mask or as masks/<stem>, with either ending.
+    """Every .nii and .nii.gz under a folder, or the one named, is a scan of which nothing is known. A mask of
+    lesions may lie beside it, as <stem>_mask or as masks/<stem>, with either ending.
 
     A file names no patient: a BIDS name sub-<label> does, else each file counts as a patient of its own.
     Returns (jobs, rejected), both in path order. Raises ScanError if input_dir does not exist."""
-    root = _need_folder(input_dir)
-    files = list(_files(root))
+    single = Path(input_dir).is_file()
+    root = Path(input_dir).parent if single else _need_folder(input_dir)
+    files = [str(input_dir)] if single else list(_files(root))
     volumes = [path for path in files if NIFTI_SUFFIX.search(path)]
     masks = {path: _mask_beside(path) for path in volumes if not _is_mask(path)}
     used = set(masks.values())

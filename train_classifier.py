@@ -163,11 +163,14 @@ def get_parser() -> stage.StageParser:
     group.add_argument(
         "--mirrored", action="store_true", help="the mean with the mirrored slices (test-time augmentation)"
     )
+    group.add_argument(
+        "--gradcam", action="store_true", help="show where it looks, scored against the lesion masks"
+    )
     return parser
 
 
 # the options of the mode that does not train, and those that training has as well
-MODES = {"evaluate": ("split", "results", "mirrored")}
+MODES = {"evaluate": ("split", "results", "mirrored", "gradcam")}
 SHARED = ("data", "dose_model", "doses", "seed", "device", "debug")
 
 
@@ -205,6 +208,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
         doses=args.doses,
         seed=args.seed,
         mirrored=args.mirrored,
+        gradcam=args.gradcam,
         device=training.pick_device(args.device),
         command=command,
     )

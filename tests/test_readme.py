@@ -4,9 +4,13 @@ import importlib
 import re
 import shlex
 
+import numpy as np
 import pytest
 
+import train_classifier
+from phantom import generate_phantom
 from tests.conftest import ROOT
+from volumes import write_nifti
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [
@@ -51,3 +55,21 @@ def test_docstring_examples_of_every_stage_are_taken_by_it():
         for words in examples:
             place = next(number for number, word in enumerate(words) if word.endswith(".py"))
             module.get_parser().parse_args(words[place + 1 :])
+
+
+def test_readme_python_example_runs_as_it_stands(split_data, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    common = ["--data", split_data, "--out", tmp_path / "saved_models", "--epochs", 1, "--width", 4]
+    for name in ("classifier", "classifier_noisy"):
+        words = [*common, "--size", 32, "--device", "cpu", "--name", name]
+        train_classifier.main([str(word) for word in words])
+    made = generate_phantom(3, size=48, slices=5)
+    hu, affine = made.hu.round().astype(np.int16), np.asarray(made.affine)
+    positions = affine[2, 3] + made.spacing_mm[0] * np.arange(5)
+    write_nifti(tmp_path / "one_patient.nii.gz", hu, affine, positions)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    found: dict = {}
+    exec(example.replace("/data/one_patient", "one_patient.nii.gz"), found)  # noqa: S102
+    assert found["heat"].shape == (5, 32, 32)
+    assert "(5, 1)" in capsys.readouterr().out
