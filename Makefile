@@ -4,7 +4,7 @@
 # make test   lint, unit tests, and the whole pipeline at toy size
 PYTHON ?= python3
 BIN := .venv/bin
-TEST_TOOLS := "ruff>=0.17" "pytest>=9" "pytest-xdist>=3.8" "grad-cam>=1.5.7"
+TEST_TOOLS := "ruff>=0.17" "pytest>=9" "pytest-xdist>=3.8" "grad-cam>=1.5.7" "highdicom>=0.28" "monai>=1.6"
 
 DATA ?= dataset
 MODELS ?= saved_models

@@ -14,7 +14,7 @@ import calibration
 import metrics
 import stage
 from dataset import TASKS, Pack, Task, task_targets
-from inference import Probabilities
+from inference import Probabilities, logits_of
 
 
 def known_targets(
@@ -43,13 +43,11 @@ def known_targets(
 def level_metrics(task: Task, targets: np.ndarray, found: np.ndarray, origin: str) -> dict[str, Any]:
     """Loss, AUCs, threshold and temperature of probabilities (N, classes) of slices or of scans."""
     known = ~np.isnan(targets)
-    clipped = found.clip(1e-7, 1 - 1e-7)
+    logits, kind = logits_of(found, task.classes)
     if task.exclusive:
-        logits, kind = np.log(clipped), "softmax"
         parts = -np.where(targets == 1, logits, 0).sum(1)[known.all(1)]
     else:
-        logits, kind = np.log(clipped / (1 - clipped)), "binary"
-        parts = -np.where(targets == 1, np.log(clipped), np.log(1 - clipped))[known]
+        parts = np.logaddexp(0, np.where(targets == 1, -logits, logits))[known]
     positive = task.positive(targets)
     asked, scores = ~np.isnan(positive), task.positive(found)
     values = {

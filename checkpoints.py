@@ -4,7 +4,8 @@ A checkpoint is a dict of tensors and JSON types:
 
     format, stage, model {name, kwargs with the window}, state, parameters, size, config, seed, versions,
     split_hash, trained_on [patient ids, those of its parents too], parents {role: {path, sha256}},
-    validation {metric: value}; classifiers also task, classes, input, thresholds {level: {value, origin}}"""
+    validation {metric: value}; classifiers and segmenters also task, classes, input, thresholds {level, or
+    "lesion": {value, origin}}; segmenters also volume_rule {value in ml, origin}"""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ from models import build_model
 from weights import misfits
 
 FORMAT = 1
-TRAINED_BY = {"denoiser": "train_denoiser.py", "classifier": "train_classifier.py"}
+TRAINED_BY = {
+    "denoiser": "train_denoiser.py",
+    "classifier": "train_classifier.py",
+    "segmenter": "train_segmenter.py",
+}
 
 
 def file_sha256(path: Path) -> str:
@@ -39,10 +44,11 @@ def versions() -> dict[str, str]:
 
 
 def finished(folder: Path, prefix: str) -> list[Path]:
-    """The checkpoints below folder whose names begin with prefix, sorted; not those of a run under way, nor
-    those that --keep-every leaves of single epochs."""
+    """The checkpoints below folder whose names begin with prefix, sorted; not those of a run under way, of
+    single epochs (--keep-every), or of the networks that a run of several stages trains on its way."""
     found = Path(folder).glob(f"{prefix}*.pt")
-    return sorted(path for path in found if not re.search(r"\.(last|epoch\d+)\.pt$", path.name))
+    part = re.compile(r"\.(last|epoch\d+|teacher|cnn|fold\d+)\.pt")
+    return sorted(path for path in found if not part.fullmatch("".join(path.suffixes[-2:])))
 
 
 def save(path: Path, content: dict) -> None:
@@ -54,7 +60,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, kind: str, *, remedy: str | None = None) -> dict:
-    """Read a checkpoint. kind: "denoiser", "classifier", or "resume" for a <name>.last.pt.
+    """Read a checkpoint. kind: "denoiser", "classifier", "segmenter", or "resume" for a <name>.last.pt.
 
     Raises InputError, in one line, if it is missing, empty, damaged (CRC), no checkpoint at all, unsafe to
     open, of another format, or of another kind."""
@@ -109,7 +115,7 @@ def load_network(path: Path, kind: str, device: torch.device | str = "cpu") -> t
     parameters that do not fit."""
     content = load(path, kind)
     try:
-        model = build_model(content["model"]["name"], **content["model"]["kwargs"])
+        model = build_model(content["model"]["name"], kind=kind, **content["model"]["kwargs"])
         state = content.pop("state")
     except (KeyError, TypeError, ValueError) as error:
         raise stage.InputError(f"{path}: no network of this version, {error} (train again)") from None

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.special import logit
 from sklearn.metrics import roc_curve
 
-import checkpoints
 import explained
 import metrics
+import scoring
 import stage
 import training
 from calibration import brier, calibrated, expected_calibration_error, known_rows, reliability, rsna_log_loss
 from dataset import SUBTYPES, TASKS, Pack, Task, load_pack, read_metadata, series_folders, task_targets
-from dose import DOSE_MODELS
 from inference import (
     Probabilities,
     ScanClassifier,
     check_patients,
     denoise,
     load_model,
+    logits_of,
     read,
     scan_probabilities,
 )
 from intervals import auc_of_draws, patient_bootstrap
 from low_dose import LowDose, check_doses
+from scoring import Shown, about, panels, write_figures, write_table
 
 QUESTION, ALL = "question", "all"  # rows beside those of the classes: Task.positive, and all classes together
 LEVELS = ("slice", "scan")
@@ -47,23 +45,6 @@ COLUMNS = (
     *("sens_at_90_spec", "sens_at_95_spec", "temperature", "ece", "ece_calibrated"),
     *("brier", "brier_calibrated", "rsna_log_loss", "rsna_log_loss_calibrated"),
 )
-
-
-class Shown(NamedTuple):
-    """What a classifier is shown. input: clean, noisy or denoised; dose_model, dose: None where clean."""
-
-    input: str
-    dose_model: str | None = None
-    dose: float | None = None
-
-    @property
-    def title(self) -> str:
-        return "clean" if self.dose is None else f"dose {self.dose:g}"
-
-    @property
-    def folder(self) -> str:
-        """Where its files lie, if there are several."""
-        return self.title.replace(" ", "_")
 
 
 def conditions(facts: dict, dose_model: str | None, doses: Sequence[float] | None) -> list[Shown]:
@@ -146,10 +127,8 @@ def positional_nulls(data: Path, split: str, facts: dict) -> np.ndarray:
 
 def at_temperature(task: Task, probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities (N, classes) as temperature scaling leaves them; NaN for a temperature of NaN."""
-    clipped = probabilities.clip(1e-7, 1 - 1e-7)  # as the temperature was fitted
-    if task.exclusive:
-        return calibrated(np.log(clipped), temperature, "softmax")
-    return calibrated(logit(clipped), temperature, "binary")
+    logits, kind = logits_of(probabilities, task.classes)
+    return calibrated(logits, temperature, kind)
 
 
 def stored_number(facts: dict, kind: str, level: str, name: str = QUESTION) -> float:
@@ -262,14 +241,6 @@ def score_all(task: Task, level: Level, seed: int) -> dict:
 # ---------------------------------------------------------------- tables
 
 
-def write_table(path: Path, names: Sequence[str], rows: Iterable[dict]) -> None:
-    """A CSV table with a header; what is not known is an empty cell."""
-    with stage.atomic_write(path) as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(stage.plain(row) for row in rows)
-
-
 def answer_rows(facts: dict, level: Level, keys: Sequence[dict], parts: Sequence[str]) -> Iterable[dict]:
     """Each slice or scan: its keys, then targets, probabilities and calls by class, as parts asks for."""
     task = TASKS[facts["task"]]
@@ -340,18 +311,6 @@ def write_answers(folder: Path, pack: Pack, facts: dict, answers: dict[Shown, li
 
 
 # ---------------------------------------------------------------- pictures
-
-PANEL_INCHES = (4.6, 3.8)  # at 150 dpi two of them fill a screen
-
-
-def panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
-    width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * len(titles), height), layout="constrained")
-    axes = list(figure.subplots(1, len(titles), squeeze=False)[0])
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-    return figure, axes
 
 
 def learning_curves(log: Path) -> Figure:
@@ -474,9 +433,7 @@ def write_pictures(
             f"{place}confusion": confusion(model.facts, levels),
             f"{place}classes": class_bars(task, rows[shown]),
         }
-    for name, figure in figures.items():
-        with stage.atomic_write(folder / f"{name}.png", "wb") as file:
-            figure.savefig(file, dpi=150, format="png")
+    write_figures(folder, figures)
     return len(figures)
 
 
@@ -525,13 +482,13 @@ def evaluate(
     doses: Sequence[float] | None,
     seed: int,
     mirrored: bool,
-    gradcam: bool,
+    gradcam: str | None,
     device: torch.device,
     command: str,
 ) -> None:
     """Score a classifier alone, write <results>/classifier/<name>/ and print the table.
 
-    dose_model, doses: see conditions. seed: of noise and bootstrap. gradcam: score and show its heat too.
+    dose_model, doses: see conditions. seed: of noise and bootstrap. gradcam: method of a heat to score.
     Raises InputError as load_model does, for a classifier that was trained on a test patient, and as
     explained.score does."""
     model = load_model(path, device)
@@ -560,25 +517,10 @@ def evaluate(
                 for row in own
             ]
         )
-        manifest = {
-            "data": str(data),
-            "split": split,
-            "split_hash": pack.split_hash,
-            "size": pack.size,
-            "n_patients": len(patients),
-            "n_scans": len(pack.series),
-            "n_slices": len(pack),
-            "checkpoint": {"path": str(path), "sha256": checkpoints.file_sha256(path)},
-            "parents": facts["parents"],
-            "thresholds": facts["thresholds"],
-            "temperatures": facts.get("temperatures"),
-            "mirrored": mirrored,
-            "patients_seen_in_training_or_validation": seen,
-            "noise_seed": seed,
-            "train_seed": facts["seed"],
-            "versions": checkpoints.versions(),
-            "command": command,
-        }
+        manifest = scoring.manifest(
+            path, facts, pack, data=data, split=split, seen=seen, seed=seed, command=command
+        )
+        manifest |= {"temperatures": facts.get("temperatures"), "mirrored": mirrored}
         for pattern in (
             "**/*.png",
             "**/submission.csv",
@@ -592,7 +534,7 @@ def evaluate(
         pointed = []
         if gradcam:
             classes = [name for name in facts["classes"] if name in explained.MASKS_OF]
-            pointed = explained.score(model.network, pack, seen_at, classes, folder)
+            pointed = explained.score(model.network, pack, seen_at, classes, folder, gradcam)
             written.append("gradcam.csv and pictures")
         stage.write_json(
             folder / "metrics.json",
@@ -602,17 +544,6 @@ def evaluate(
     for row in explained.summary(pointed):
         stage.say(f"  Grad-CAM, {explained.describe(row)}")
     stage.say(f"Wrote {folder}/: metrics.csv, metrics.json, {', '.join(written)} and {pictures} figures")
-
-
-def about(shown: Shown, seed: int) -> dict[str, Any]:
-    """What a row says of the images."""
-    model = None if shown.dose is None else DOSE_MODELS[shown.dose_model]
-    return {
-        **shown._asdict(),
-        "dose_fraction": None if model is None else model.fraction(shown.dose),
-        "sigma_hu": None if model is None else model.sigma_hu(shown.dose),
-        "noise_seed": None if model is None else seed,
-    }
 
 
 def say_results(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stage
-from dataset import BRAIN_WINDOW, window_hu
+from dataset import BRAIN_WINDOW, THREE_WINDOWS, window_hu
 from weights import load_weights, read_weights
 
 SMALLEST_PX = 32  # side of a slice of which a network with 32 pixels to a feature still has one feature
@@ -25,39 +25,48 @@ CAM_STRIDES = (4, 8, 16, 32)  # pixels of the slice to one of a feature map, as 
 # Over RSNA's training slices in dataset.THREE_WINDOWS, as 0..1. Source: Burduja et al. 2020
 THREE_WINDOWS_MEAN, THREE_WINDOWS_SD = (0.1738, 0.1433, 0.1970), (0.3161, 0.2850, 0.3111)
 
-# ---------------------------------------------------------------- what classifiers share
+# What --windows stands for, as arguments of SliceReader
+WINDOWS = {
+    "brain": {"windows": [list(BRAIN_WINDOW)]},
+    "three": {
+        "windows": [list(window) for window in THREE_WINDOWS],
+        "mean": list(THREE_WINDOWS_MEAN),
+        "sd": list(THREE_WINDOWS_SD),
+    },
+}
+
+# ---------------------------------------------------------------- what all that read slices share
 
 
-class Classifier(nn.Module):
-    """What every classifier is: windows and normalisation, features, an embedding, a head.
+class SliceReader(nn.Module):
+    """What sees slices through windows and says something of the middle one.
 
-    classes: names of the outputs. windows: (centre, width) in HU, each a channel of the network's picture.
+    classes: what it tells apart. windows: (centre, width) in HU, each a channel of the network's picture.
     slices: odd, neighbours that it sees; the channels are the windows of the first slice, then those of the
     next. mean, sd: of the windowed slice (0..1), for each window or one for all; with 0.5 and 0.5 the network
-    sees -1..1. dropout: share of the embedding that training hides from the head.
-    forward(hu) is head(dropout(embed(hu))). Raises ValueError for what no network can be built of, and for a
-    batch of other slices or of too small ones. Training with batch norm needs two slices at SMALLEST_PX."""
+    sees -1..1. Raises ValueError for what no network can be built of, and for a batch of other slices or of
+    too small ones."""
 
-    head: nn.Linear  # from the embedding to the logits
+    smallest_px = 1
 
-    # Weights of RGB pictures fit `backbone` with another first convolution and another head; timm's name of
-    # them, and the names of these two layers
+    # Weights of RGB pictures fit `backbone` with another first convolution, another head, and without the
+    # parts that are not used; timm's name of them, and the names of these layers
     timm_name: str
     first_conv: str
     first_head: str
+    unused: frozenset[str] = frozenset()
 
     def __init__(
         self,
-        classes: Sequence[str] = ("stroke",),
+        classes: Sequence[str],
         windows: Sequence[Sequence[float]] = (BRAIN_WINDOW,),
         slices: int = 1,
         mean: float | Sequence[float] = 0.5,
         sd: float | Sequence[float] = 0.5,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if slices < 1 or slices % 2 == 0:
-            raise ValueError(f"slices {slices}: must be odd, as the middle one is classified")
+            raise ValueError(f"slices {slices}: must be odd, as the middle one is read")
         if not windows or any(len(window) != 2 or window[1] <= 0 for window in windows):
             raise ValueError(f"windows {windows}: must be pairs of centre and width, the width above 0")
         self.classes, self.slices = tuple(classes), slices
@@ -71,12 +80,36 @@ class Classifier(nn.Module):
             self.register_buffer(
                 name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
             )
-        self.dropout = nn.Dropout(dropout)
 
     @property
     def backbone(self) -> nn.Module:
         """The part that has weights of RGB pictures."""
         raise NotImplementedError
+
+    def normalised(self, hu: torch.Tensor) -> torch.Tensor:
+        """The network's picture: (B, slices, H, W) HU -> (B, slices x windows, H, W), slice after slice."""
+        if hu.ndim != 4 or hu.shape[1] != self.slices or min(hu.shape[2:]) < self.smallest_px:
+            raise ValueError(
+                f"input {tuple(hu.shape)}: must be (batch, {self.slices}, rows, columns), "
+                f"of {self.smallest_px} rows and columns at least"
+            )
+        seen = torch.stack([window_hu(hu.float(), *window) for window in self.windows], dim=2)
+        return ((seen - self.mean) / self.sd).flatten(1, 2)
+
+
+class Classifier(SliceReader):
+    """What every classifier is: a picture of the slices, its features, an embedding, a head.
+
+    dropout: share of the embedding that training hides from the head. kwargs: as for SliceReader.
+    forward(hu) is head(dropout(embed(hu))). Raises ValueError as SliceReader does. Training with batch norm
+    needs two slices at SMALLEST_PX."""
+
+    smallest_px = SMALLEST_PX
+    head: nn.Linear  # from the embedding to the logits
+
+    def __init__(self, classes: Sequence[str] = ("stroke",), dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(classes, **kwargs)
+        self.dropout = nn.Dropout(dropout)
 
     def features(self, hu: torch.Tensor) -> torch.Tensor:
         """The last feature map: (B, slices, H, W) HU -> (B, C, h, w)."""
@@ -89,16 +122,6 @@ class Classifier(nn.Module):
     def cam_layers(self) -> dict[int, nn.Module]:
         """Stride in pixels -> the module whose output is that stage's feature map, from fine to coarse."""
         raise NotImplementedError
-
-    def normalised(self, hu: torch.Tensor) -> torch.Tensor:
-        """The network's picture: (B, slices, H, W) HU -> (B, slices x windows, H, W), slice after slice."""
-        if hu.ndim != 4 or hu.shape[1] != self.slices or min(hu.shape[2:]) < SMALLEST_PX:
-            raise ValueError(
-                f"input {tuple(hu.shape)}: must be (batch, {self.slices}, rows, columns), "
-                f"of {SMALLEST_PX} rows and columns at least"
-            )
-        seen = torch.stack([window_hu(hu.float(), *window) for window in self.windows], dim=2)
-        return ((seen - self.mean) / self.sd).flatten(1, 2)
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
         return self.head(self.dropout(self.embed(hu))).float()
@@ -187,7 +210,7 @@ TIMM_NETWORKS = {
 }
 
 
-def _timm(name: str) -> Any:
+def timm_package(name: str) -> Any:
     """The package, imported by who needs it: it takes longer to load than the rest of the project."""
     try:
         import timm
@@ -208,7 +231,7 @@ class TimmClassifier(Classifier):
         if name not in TIMM_NETWORKS:
             raise ValueError(f"network {name!r}: must be one of {', '.join(TIMM_NETWORKS)}")
         self.timm_name = TIMM_NETWORKS[name]
-        create = _timm(name).create_model
+        create = timm_package(name).create_model
         # num_classes 0: ends in the pooled embedding, behind the last norm of those that have one there
         self.net = create(self.timm_name, in_chans=self.channels, num_classes=0, **(timm_kwargs or {}))
         self.head = nn.Linear(self.net.num_features, len(self.classes))
@@ -238,7 +261,7 @@ CLASSIFIERS: dict[str, Callable[..., Classifier]] = {
 # ---------------------------------------------------------------- weights to begin with
 
 
-def pretrained(model: Classifier, weights: Path | None = None) -> None:
+def pretrained(model: SliceReader, weights: Path | None = None) -> None:
     """Begin with weights of RGB pictures: all but those of the head, which stays as it is.
 
     weights: a file with timm's names (torchvision's are the same for the ResNets), whole or without its head;
@@ -248,7 +271,7 @@ def pretrained(model: Classifier, weights: Path | None = None) -> None:
     state = _download(model.timm_name) if weights is None else read_weights(weights)
     own = model.backbone.state_dict()
     head = (f"{model.first_head}.weight", f"{model.first_head}.bias")
-    state = {key: value for key, value in state.items() if key not in head}
+    state = {key: value for key, value in state.items() if key not in head and key not in model.unused}
     state |= {key: own[key] for key in head if key in own}
     for key, value in own.items():
         if key.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack this counter
@@ -271,7 +294,7 @@ def fit_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def _download(name: str) -> dict[str, torch.Tensor]:
-    create = _timm(name).create_model
+    create = timm_package(name).create_model
     stage.log.info("%s: downloading its weights, unless they are kept here already", name)
     try:
         return create(name, pretrained=True).state_dict()

@@ -264,18 +264,38 @@ def fit_to_square(volume: np.ndarray, spacing_mm: Sequence[float], size: int, fi
 
     volume: (S, H, W), integers of a mask (fill 0, nearest) or HU (fill air, antialiased linear).
     spacing_mm: (slice, row, column). Returns (S, size, size) in volume's type."""
-    count, height, width = volume.shape
-    _, row_mm, column_mm = spacing_mm
-    pixel_mm = square_pixel_mm((height, width), spacing_mm, size)
-    new = (max(1, round(height * row_mm / pixel_mm)), max(1, round(width * column_mm / pixel_mm)))
-    if new != (height, width):
+    rows, columns = _place_in_square(volume.shape[1:], spacing_mm, size)
+    new = (rows.stop - rows.start, columns.stop - columns.start)
+    if new != volume.shape[1:]:
         volume = _halve(volume) if _can_halve(volume, new) else _interpolate(volume, new)
     if new == (size, size):
         return volume
-    square = np.full((count, size, size), fill, volume.dtype)
-    top, left = (size - new[0]) // 2, (size - new[1]) // 2
-    square[:, top : top + new[0], left : left + new[1]] = volume
+    square = np.full((len(volume), size, size), fill, volume.dtype)
+    square[:, rows, columns] = volume
     return square
+
+
+def from_square(volume: np.ndarray, shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndarray:
+    """The inverse of fit_to_square: slices back on the pixels that they came from.
+
+    volume: (S, size, size) uint8 of a mask (nearest), or (S, ..., size, size) float of probabilities
+    (antialiased linear, so that a threshold is best applied afterwards). shape: (rows, columns) of the scan.
+    spacing_mm: (slice, row, column) of the scan. Returns (S, ..., rows, columns) in volume's type."""
+    rows, columns = _place_in_square(shape, spacing_mm, volume.shape[-1])
+    inside = np.ascontiguousarray(volume[..., rows, columns])
+    if inside.shape[-2:] == tuple(shape):
+        return inside
+    how = {"mode": "nearest-exact"} if volume.dtype == np.uint8 else {"mode": "bilinear", "antialias": True}
+    flat = torch.from_numpy(inside.reshape(-1, 1, *inside.shape[-2:]))
+    return F.interpolate(flat, tuple(shape), **how).numpy().reshape(*volume.shape[:-2], *shape)
+
+
+def _place_in_square(shape: Sequence[int], spacing_mm: Sequence[float], size: int) -> tuple[slice, slice]:
+    """The rows and the columns that slices take up after fit_to_square."""
+    pixel_mm = square_pixel_mm(shape, spacing_mm, size)
+    new = [max(1, round(side * mm / pixel_mm)) for side, mm in zip(shape, spacing_mm[1:], strict=True)]
+    starts = [(size - side) // 2 for side in new]
+    return slice(starts[0], starts[0] + new[0]), slice(starts[1], starts[1] + new[1])
 
 
 def _interpolate(volume: np.ndarray, new: tuple[int, int]) -> np.ndarray:
@@ -772,16 +792,25 @@ def augment(hu: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
 
     hu: (B, 1, H, W). Half of the slices are rotated, with interpolation; the others only move by whole
     pixels, so that the texture of their noise stays as it is in test scans."""
-    out = torch.empty_like(hu)
-    reach = int(MAX_SHIFT * hu.shape[-1])
+    return _augmented(hu, seeds, AIR_HU, "bilinear")
+
+
+def augment_mask(mask: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """What augment does to the slices of the same seeds. mask: (B, 1, H, W) uint8 classes, none made up."""
+    return _augmented(mask.float(), seeds, 0, "nearest").to(mask.dtype)
+
+
+def _augmented(images: torch.Tensor, seeds: Sequence[int], fill: float, mode: str) -> torch.Tensor:
+    out = torch.empty_like(images)
+    reach = int(MAX_SHIFT * images.shape[-1])
     for place, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
-        image = hu[place].flip(-1) if rng.random() < 0.5 else hu[place]
+        image = images[place].flip(-1) if rng.random() < 0.5 else images[place]
         down, right = rng.integers(-reach, reach + 1, 2).tolist()
         angle = math.radians(rng.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG))
         rotate = rng.random() < 0.5
-        image = _shift(image, down, right)
-        out[place] = _rotate(image, angle) if rotate else image
+        image = _shift(image, down, right, fill)
+        out[place] = _rotate(image, angle, fill, mode) if rotate else image
     return out
 
 
@@ -797,21 +826,21 @@ def jitter_window(hu: torch.Tensor, seeds: Sequence[int], amount: float) -> torc
     return (hu - center) * (1 + stretch) + center + shift * width
 
 
-def _shift(image: torch.Tensor, down: int, right: int) -> torch.Tensor:
-    """(1, H, W) moved by whole pixels; what comes in is air."""
-    padded = F.pad(image, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), value=float(AIR_HU))
+def _shift(image: torch.Tensor, down: int, right: int, fill: float) -> torch.Tensor:
+    """(1, H, W) moved by whole pixels; what comes in is fill."""
+    padded = F.pad(image, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), value=float(fill))
     top, left = max(-down, 0), max(-right, 0)
     return padded[:, top : top + image.shape[-2], left : left + image.shape[-1]]
 
 
-def _rotate(image: torch.Tensor, angle: float) -> torch.Tensor:
-    """(1, H, W) turned about its centre by angle in radians; what comes in is air."""
+def _rotate(image: torch.Tensor, angle: float, fill: float, mode: str) -> torch.Tensor:
+    """(1, H, W) turned about its centre by angle in radians; what comes in is fill."""
     cosine, sine = math.cos(angle), math.sin(angle)
     theta = torch.tensor([[cosine, -sine, 0.0], [sine, cosine, 0.0]], device=image.device)[None]
     with torch.autocast(image.device.type, enabled=False):  # half precision would move pixels by half a pixel
         grid = F.affine_grid(theta, (1, *image.shape), align_corners=False)
-        # grid_sample fills with zeros: make air the zero while it works
-        return F.grid_sample((image - AIR_HU)[None], grid, align_corners=False)[0] + AIR_HU
+        # grid_sample fills with zeros: make the fill the zero while it works
+        return F.grid_sample((image - fill)[None], grid, mode, align_corners=False)[0] + fill
 
 
 def describe_labels(series: Sequence[dict]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset import soft_window_hu, unwindow_hu, window_hu
+from unet import Levels, pad, start_convolutions, unet_features, unet_levels
 from weights import freeze
 
 SOFT_WINDOW = (40.0, 100.0)  # centre and width in HU: linear over the brain, blood and CSF
@@ -102,30 +103,7 @@ class _Unmodulated(nn.Module):
         return x
 
 
-def _pad(hu: torch.Tensor, step: int, smallest: int = 1) -> torch.Tensor:
-    """Repeat the last row and column until both sides are multiples of step and at least `smallest`."""
-    height, width = (max(side + -side % step, smallest) - side for side in hu.shape[-2:])
-    return F.pad(hu, (0, width, 0, height), mode="replicate") if height or width else hu
-
-
-def _start_convolutions(module: nn.Module) -> None:
-    """Kaiming: without batch norm torch's own small start would hide the noise behind ten layers."""
-    for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
-            nn.init.zeros_(part.bias)
-
-
 # ---------------------------------------------------------------- U-Net
-
-
-def _double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(channels_out, channels_out, 3, padding=1),
-        nn.ReLU(inplace=True),
-    )
 
 
 class UNetDenoiser(Denoiser):
@@ -144,30 +122,22 @@ class UNetDenoiser(Denoiser):
         dose_aware: bool = False,
     ) -> None:
         super().__init__(window, slices, dose_aware)
-        inputs = [slices, *widths[:-1]]
-        self.encoders = nn.ModuleList(_double_conv(i, o) for i, o in zip(inputs, widths, strict=True))
-        self.pool = nn.MaxPool2d(2)
-        self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(deep, flat, 2, stride=2)
-            for flat, deep in zip(widths[-2::-1], widths[:0:-1], strict=True)
-        )
-        self.decoders = nn.ModuleList(_double_conv(2 * flat, flat) for flat in widths[-2::-1])
+        self.encoders, self.ups, self.decoders = unet_levels(slices, widths)
         self.down_levels = _modulations(dose_aware, widths)
         self.up_levels = _modulations(dose_aware, widths[-2::-1])
         self.head = nn.Conv2d(widths[0], 1, 1)
-        _start_convolutions(self)
+        start_convolutions(self)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, hu: torch.Tensor, sigma_hu: torch.Tensor | None = None) -> torch.Tensor:
         middle, level = self.middle(hu), self.levels(hu, sigma_hu)
-        x = soft_window_hu(_pad(hu.float(), 2 ** len(self.ups)), *self.window)
-        skips = []
-        for encoder, modulate in zip(self.encoders, self.down_levels, strict=True):
-            x = modulate(encoder(self.pool(x) if skips else x), level)
-            skips.append(x)
-        skips.pop()
-        for up, decoder, modulate in zip(self.ups, self.decoders, self.up_levels, strict=True):
-            x = modulate(decoder(torch.cat([up(x), skips.pop()], dim=1)), level)
+        x = soft_window_hu(pad(hu.float(), 2 ** len(self.ups)), *self.window)
+        modulations = [*self.down_levels, *self.up_levels]
+        x = unet_features(
+            x,
+            Levels(self.encoders, self.ups, self.decoders),
+            lambda features, block: modulations[block](features, level),
+        )
         noise_hu = self.head(x).float() * (self.window[1] / 2)
         return middle - noise_hu[..., : hu.shape[-2], : hu.shape[-1]]
 
@@ -321,7 +291,7 @@ class NAFNetDenoiser(Denoiser):
 
     def forward(self, hu: torch.Tensor, sigma_hu: torch.Tensor | None = None) -> torch.Tensor:
         middle, level = self.middle(hu), self.levels(hu, sigma_hu)
-        x = self.intro(soft_window_hu(_pad(hu.float(), 2 ** len(self.ups)), *self.window))
+        x = self.intro(soft_window_hu(pad(hu.float(), 2 ** len(self.ups)), *self.window))
         skips = []
         for blocks, down in zip(self.encoders, self.downs, strict=True):
             for block in blocks:
@@ -367,13 +337,13 @@ class REDCNNDenoiser(Denoiser):
         )
         self.conv_levels = _modulations(dose_aware, [width] * self.LAYERS)
         self.head = nn.ConvTranspose2d(width, 1, self.KERNEL)
-        _start_convolutions(self)
+        start_convolutions(self)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, hu: torch.Tensor, sigma_hu: torch.Tensor | None = None) -> torch.Tensor:
         middle, level = self.middle(hu), self.levels(hu, sigma_hu)
         smallest = 1 + self.LAYERS * (self.KERNEL - 1)  # what the convolutions leave one pixel of
-        x = soft_window_hu(_pad(hu.float(), 1, smallest), *self.window)
+        x = soft_window_hu(pad(hu.float(), 1, smallest), *self.window)
         shortcuts = []
         for place, (conv, modulate) in enumerate(zip(self.convs, self.conv_levels, strict=True)):
             if place in (2, 4):
@@ -637,7 +607,7 @@ class Autoencoder(Denoiser):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(latent, four feature maps) of a batch, padded to a multiple of `step`."""
         level = self.levels(hu, sigma_hu)
-        x = window_hu(_pad(hu.float(), self.step), *self.window) * 2 - 1
+        x = window_hu(pad(hu.float(), self.step), *self.window) * 2 - 1
         return self.encoder(x, level)
 
     def decode(self, latent: torch.Tensor, skips: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -5,14 +5,14 @@ Arrays in, arrays or PNG bytes out; for whatever shows a slice, in a browser or 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from dataset import window_hu
+from dataset import BRAIN_WINDOW, window_hu
 
 NOTICE = "research use only"
 LOW_RGB, HIGH_RGB = (33, 102, 172), (178, 24, 43)  # ends of the RdBu map, told apart by the colour-blind
@@ -26,6 +26,9 @@ LESION_RGB = {  # Okabe and Ito 2008, told apart by the colour-blind and from gr
     6: (0, 200, 140),
     255: (255, 255, 255),
 }
+FOUND_RGB, TRUE_RGB = (255, 0, 0), (0, 255, 0)  # as the earlier system had them; area and line differ too
+FOUND_COVER = 0.4  # of the grey: what lies below is still to be judged
+OVERLAY_PX = 512  # in which the notes can be read
 
 
 def to_grey(hu: np.ndarray, center: float, width: float) -> np.ndarray:
@@ -62,14 +65,25 @@ def enlarge(image: np.ndarray, side_px: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((side_px, side_px), how))
 
 
-def draw_outlines(rgb: np.ndarray, lesions: np.ndarray) -> np.ndarray:
+def draw_outlines(
+    rgb: np.ndarray, lesions: np.ndarray, colours: Mapping[int, tuple[int, int, int]] = LESION_RGB
+) -> np.ndarray:
     """A line around every lesion class. rgb: (N, N, 3) uint8; lesions: (n, n) uint8, n <= N."""
     out = rgb.copy()
-    for value, colour in LESION_RGB.items():
+    for value, colour in colours.items():
         if not (lesions == value).any():
             continue
         inside = enlarge(lesions == value, len(rgb))
         out[ndimage.binary_dilation(inside, iterations=OUTLINE_PX) & ~inside] = colour
+    return out
+
+
+def paint(
+    rgb: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], cover: float = FOUND_COVER
+) -> np.ndarray:
+    """A colour over a part of a picture. rgb: (H, W, 3) uint8; inside: (H, W) bool."""
+    out = rgb.copy()
+    out[inside] = np.round((1 - cover) * rgb[inside] + cover * np.array(colour))
     return out
 
 
@@ -110,3 +124,23 @@ def annotate(rgb: np.ndarray, note: Note) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)  # sent to a browser on the same machine: fast before small
     return file.getvalue()
+
+
+def lesion_overlay(
+    hu: np.ndarray,
+    found: np.ndarray,
+    truth: np.ndarray | None,
+    affine: Sequence,
+    note: Note,
+    window: tuple[float, float] = BRAIN_WINDOW,
+) -> bytes:
+    """PNG of a slice in radiological view, what was found in red, around what is true a green line.
+
+    hu, found, truth: (N, N), all values of a mask but 0 alike. affine: as for radiological."""
+    grey = enlarge(radiological(to_grey(hu, *window), affine), OVERLAY_PX)
+    inside = enlarge(radiological(found > 0, affine), OVERLAY_PX)
+    rgb = paint(np.repeat(grey[..., None], 3, axis=2), inside, FOUND_RGB)
+    if truth is not None:
+        lesions = radiological((truth > 0).astype(np.uint8), affine)
+        rgb = draw_outlines(rgb, lesions, {1: TRUE_RGB})
+    return annotate(rgb, note)

@@ -84,11 +84,12 @@ class Seen(NamedTuple):
 
 
 def heats(
-    models: Sequence[nn.Module], seen: Seen, pack: Pack, rows: Sequence[int], name: str
+    models: Sequence[nn.Module], seen: Seen, pack: Pack, rows: Sequence[int], name: str, method: str
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """(slices (len(rows), H, W) HU, for each model the heat of a class in them, alike); rows: ascending.
 
-    Of a network of scans, the heat is that of the slice's own logit, with its whole scan before it."""
+    method: one of explain.METHODS. Of a network of scans, the heat is that of the slice's own logit, with its
+    whole scan before it."""
     images, found = [], [[] for _ in models]
     for number in np.unique(pack.series_of[list(rows)]):
         scan = np.flatnonzero(pack.series_of == number)
@@ -98,9 +99,13 @@ def heats(
         for model, heat in zip(models, found, strict=True):
             hu = torch.from_numpy(volume[neighbours(np.zeros(len(scan), int), model.slices)])
             if isinstance(model, SequenceModel):
-                heat.append(np.stack([scan_grad_cam(model, hu, name, of_slice=one)[one] for one in own]))
+                heat.append(
+                    np.stack(
+                        [scan_grad_cam(model, hu, name, of_slice=one, method=method)[one] for one in own]
+                    )
+                )
             else:
-                heat.append(grad_cam(model, hu[own], name))
+                heat.append(grad_cam(model, hu[own], name, method=method))
     return np.concatenate(images), [np.concatenate(heat) for heat in found]
 
 
@@ -110,11 +115,12 @@ def score(
     shown: dict[str, Seen],
     names: Sequence[str],
     out: Path,
+    method: str = "grad-cam",
 ) -> list[dict]:
     """Ask a classifier for its heat and write <out>/gradcam.csv and pictures. Returns the rows.
 
-    shown: by dose as text, the one that others are compared with first. names: the classes to ask for. Raises
-    InputError without masks, or without a lesion of SMALLEST_ML."""
+    shown: by dose as text, the one that others are compared with first. names: the classes to ask for.
+    method: one of explain.METHODS. Raises InputError without masks, or without a lesion of SMALLEST_ML."""
     if pack.mask is None:
         raise stage.InputError("--gradcam: these data have no lesion masks to score against (leave it out)")
     rows: list[dict] = []
@@ -124,7 +130,7 @@ def score(
         places = [row for row, _, _ in asked]
         first = None
         for dose, seen in shown.items() if asked else ():
-            images, (found, random) = heats((model, noise), seen, pack, places, name)
+            images, (found, random) = heats((model, noise), seen, pack, places, name, method)
             first = found if first is None else first
             said = seen.probabilities[places, model.classes.index(name)]
             for number, (row, mask, volume) in enumerate(asked):

@@ -132,6 +132,14 @@ def probabilities(logits: torch.Tensor, classes: Sequence[str]) -> np.ndarray:
     return (logits.softmax(1) if is_exclusive(classes) else logits.sigmoid()).cpu().numpy()
 
 
+def logits_of(found: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Probabilities (N, classes) as logits, finite ones, and their kind, of calibration.OUTPUTS."""
+    clipped = found.clip(1e-7, 1 - 1e-7)
+    if is_exclusive(classes):
+        return np.log(clipped), "softmax"
+    return np.log(clipped / (1 - clipped)), "binary"
+
+
 def scan_probabilities(slices: np.ndarray, series_of: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Of a scan what the most suspicious slice says: (N, classes) -> (scans, classes).
 

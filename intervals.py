@@ -5,6 +5,7 @@ DeLong and Clopper-Pearson want independent rows: one scan per patient. What can
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -51,6 +52,31 @@ def patient_bootstrap(
         return UNKNOWN
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.array([statistic(times) for times in patient_draws(count, seed, replicates)])
+    return _percentiles(values, level)
+
+
+DRAWS_AT_ONCE = 100  # of 10,000 patients they take 8 MB
+
+
+def patient_bootstraps(
+    statistics: Callable[[np.ndarray], np.ndarray],
+    count: int,
+    *,
+    seed: int,
+    replicates: int = BOOTSTRAP_REPLICATES,
+    level: float = LEVEL,
+) -> list[Interval]:
+    """patient_bootstrap of many numbers from the same draws: statistics(times (R, count)) -> (R, K)."""
+    draws = patient_draws(count, seed, replicates) if count else iter([np.zeros(0)])
+    blocks = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        while block := list(itertools.islice(draws, DRAWS_AT_ONCE)):
+            blocks.append(statistics(np.array(block)))
+    return [_percentiles(values if count else values[:0], level) for values in np.concatenate(blocks).T]
+
+
+def _percentiles(values: np.ndarray, level: float) -> Interval:
+    """What lies between the tails of replicates (R,); those that are NaN are left out."""
     values = values[~np.isnan(values)]
     if not len(values):
         return UNKNOWN

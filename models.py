@@ -12,6 +12,7 @@ from classical import CLASSICAL_METHODS, ClassicalDenoiser
 from classifiers import CLASSIFIERS
 from denoisers import AUTOENCODERS, Autoencoder, NAFNetDenoiser, REDCNNDenoiser, UNetDenoiser, student
 from joint import JointClassifier
+from segmenters import SEGMENTERS
 from sequences import CNNBiLSTM, TwoStage
 
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
@@ -64,9 +65,17 @@ def joint(denoiser: Mapping[str, Any], classifier: Mapping[str, Any]) -> JointCl
     return JointClassifier(*(build_model(part["name"], **part["kwargs"]) for part in (denoiser, classifier)))
 
 
-def build_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build a network by its name in one of the registries. Raises ValueError naming the choices."""
-    networks = {**DENOISERS, **CLASSICAL, **CLASSIFIERS, **SEQUENCE_MODELS, "joint": joint}
+def build_model(name: str, /, kind: str | None = None, **kwargs: Any) -> nn.Module:
+    """Build a network by its name in one of the registries. Raises ValueError naming the choices.
+
+    kind: "denoiser", "classifier" or "segmenter", as checkpoints have it; None: one of the first two, whose
+    names differ, while a segmenter may be called as a denoiser is."""
+    registries = {
+        "denoiser": {**DENOISERS, **CLASSICAL},
+        "classifier": {**CLASSIFIERS, **SEQUENCE_MODELS, "joint": joint},
+        "segmenter": SEGMENTERS,
+    }
+    networks = registries["denoiser"] | registries["classifier"] if kind is None else registries[kind]
     if name not in networks:
         raise ValueError(f"model {name!r}: must be one of {', '.join(networks)}")
     return networks[name](**kwargs)

@@ -606,6 +606,11 @@ def _annotate_nifti(_: _Inputs, values: np.ndarray | None, image: _Image) -> _An
     return _Annotation(mask, [unknown_labels() for _ in range(count)], [list(notes) for _ in range(count)])
 
 
+def stored_axes(path: str | Path) -> str:
+    """Where the axes of a file lead, e.g. "RAS", as its reader understands them. Raises ScanError."""
+    return "".join(nib.aff2axcodes(LPS_TO_RAS @ _header_of(str(path)).affine_lps))
+
+
 def read_nifti(job: Job) -> Scan:
     """Read one NIfTI file into HU. Raises ScanError if it or its mask cannot be used."""
     return _read(job, _annotate_nifti)

@@ -1,26 +1,31 @@
-"""What a classifier learns from and is validated on: clean slices, noisy ones, or denoised ones."""
+"""What classifiers and segmenters learn from and are validated on: clean, noisy, or denoised slices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from dataset import Batch, Pack, augment, views
-from inference import denoise
-from low_dose import LowDose
+import checkpoints
+import stage
+import training
+from dataset import Batch, Pack, augment, augment_mask, views
+from inference import denoise, load_denoiser
+from low_dose import LowDose, check_doses
 
 INPUTS = ("clean", "noisy", "denoised")
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
 
 
 class ReadingInputs:
-    """Slices of a pack as a classifier is to see them.
+    """Slices of a pack as a classifier or segmenter is to see them.
 
     dose_model, doses, realisations: as for LowDose; dose_model None is clean. denoiser: what stands before
-    the classifier, or None."""
+    it, or None."""
 
     def __init__(
         self,
@@ -36,7 +41,7 @@ class ReadingInputs:
 
     def draw(self, batch: Batch, slices: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """A training batch moved at random, with its noise: (input (B, slices, H, W), its middle slices at
-        full dose (B, 1, H, W)), HU on the batch's device. slices: neighbours that the classifier sees."""
+        full dose (B, 1, H, W)), HU on the batch's device. slices: neighbours that the network sees."""
         if self.low is None:
             hu = views(self.pack, batch, augment, slices)
             return hu, hu[:, slices // 2 : slices // 2 + 1]
@@ -48,6 +53,10 @@ class ReadingInputs:
         with torch.no_grad():
             parts = [self.denoiser(low[:, place : place + reach], levels) for place in range(slices)]
         return torch.cat(parts, dim=1), full
+
+    def mask(self, batch: Batch) -> torch.Tensor:
+        """The lesion classes of a training batch, moved as draw moves its slices: (B, 1, H, W) uint8."""
+        return augment_mask(batch.mask, batch.moves)
 
     def fixed(self) -> np.ndarray:
         """All slices, (N, H, W) HU, each at one of the doses in turn, with noise that is always the same."""
@@ -66,3 +75,43 @@ class ReadingInputs:
         if self.low is None:
             return f"{kind} slices"
         return f"{kind} slices, {self.low.name} {' '.join(f'{dose:g}' for dose in self.doses)} in turn"
+
+
+# ---------------------------------------------------------------- from the options of a stage
+
+
+class Prepared(NamedTuple):
+    """What --input asks for. inputs: by split. facts: of the checkpoint. seen: patients of the denoiser."""
+
+    inputs: dict[str, ReadingInputs]
+    facts: dict
+    seen: list[str]
+
+
+def check_input_options(args: argparse.Namespace) -> None:
+    """Refuse options that --input leaves without effect. Raises InputError."""
+    if args.input == "clean":
+        for option in ("dose_model", "doses", "noise_realisations"):
+            if getattr(args, option) is not None:
+                words = option.replace("_", "-")
+                raise stage.InputError(f"--{words}: clean slices have no low dose (leave it out)")
+    if args.denoiser is not None and args.input != "denoised":
+        raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
+
+
+def prepare_inputs(args: argparse.Namespace, packs: Mapping[str, Pack], device: torch.device) -> Prepared:
+    """packs: by split, val without stored noise. Raises InputError for a denoiser or doses that are not."""
+    dose_model = None if args.input == "clean" else args.dose_model or training.DOSE_MODEL
+    doses = [] if dose_model is None else check_doses(dose_model, args.doses)
+    denoiser, parents, seen = None, {}, []
+    if args.input == "denoised":
+        path = args.denoiser or args.out / "denoiser.pt"
+        denoiser, facts = load_denoiser(path, device)
+        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
+        seen += facts["trained_on"]
+    inputs = {}
+    for split, pack in packs.items():
+        stored = 0 if dose_model is None or split == "val" else training.noise_realisations(args, device)
+        inputs[split] = ReadingInputs(pack, dose_model, doses, realisations=stored, denoiser=denoiser)
+    facts = {"input": args.input, "dose_model": dose_model, "doses": doses, "parents": parents}
+    return Prepared(inputs, facts, seen)

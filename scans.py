@@ -5,6 +5,7 @@ one job into a Scan. Jobs are small and picklable, so that worker processes can 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from array_sets import ARRAY_READERS
 from dicom_series import DICOM_READERS
 from dicom_sets import DICOM_SET_READERS
-from nifti_series import NIFTI_READERS
+from nifti_series import NIFTI_READERS, NIFTI_SUFFIX
 from picture_sets import PICTURE_READERS
 from stage import stable_seed
 from volumes import (
@@ -93,6 +94,18 @@ READERS: dict[str, Reader] = {
     **PICTURE_READERS,
     **PHANTOM_READERS,
 }
+
+
+def discover(path: str | Path) -> tuple[list[Job], list[Rejected]]:
+    """The scans in a folder of DICOM series, a zip of them, a NIfTI file, or a folder of NIfTI files; of a
+    folder with both the DICOM series. Returns (jobs, rejected). Raises ScanError if there is no such path."""
+    path = Path(path)
+    if path.is_file() and NIFTI_SUFFIX.search(path.name):
+        return READERS["nifti"].discover(path)
+    found = READERS["dicom"].discover(path)
+    if not found[0] and path.is_dir() and any(NIFTI_SUFFIX.search(entry.file) for entry in found[1]):
+        return READERS["nifti"].discover(path)
+    return found
 
 
 def read_scan(job: Job) -> Scan:

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -78,6 +78,31 @@ def _dashes(arg: str) -> str:
     """`--batch_size=8` -> `--batch-size=8`; anything that is not a long option stays as it is."""
     match = re.match(r"--[A-Za-z_][\w-]*", arg)
     return match.group().replace("_", "-") + arg[match.end() :] if match else arg
+
+
+def given_options(parser: StageParser, argv: Sequence | None) -> set[str]:
+    """The options that a command line names, be it with their defaults."""
+    names = vars(parser.parse_args([]))
+    blank = argparse.Namespace(**dict.fromkeys(names))  # argparse leaves alone what is there
+    return {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
+
+
+def training_only(
+    args: argparse.Namespace, given: set[str], modes: Mapping[str, Sequence[str]], shared: Sequence[str]
+) -> argparse.Namespace:
+    """The options without those of modes that do not train, which decide nothing in a training.
+
+    given: of given_options. modes: mode -> its own options. shared: options of training that modes take too.
+    Raises InputError for one whose mode is not asked for, and for one of training beside a mode."""
+    own = {*modes, *(option for options in modes.values() for option in options)}
+    for mode, options in modes.items():
+        asked = mode in given
+        wrong = given - {mode, *options, *shared} if asked else given & set(options)
+        if wrong:
+            words = f"--{min(wrong).replace('_', '-')}"
+            reason = f"not with --{mode}, which does not train" if asked else f"only with --{mode}"
+            raise InputError(f"{words}: {reason} (leave it out)")
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in own})
 
 
 def positive_int(text: str) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ from dataset import (
     native_size,
     padded,
 )
+from explain import METHODS
 from inference import Probabilities, load_classifier, load_denoiser, read
 from losses import masked_bce_loss, masked_cross_entropy_loss, rmse_loss
 from low_dose import check_doses
@@ -141,7 +142,12 @@ def get_parser() -> stage.StageParser:
         help=f"lambda: (1 - lambda) L_scan + lambda L_slice (default: {AUXILIARY})",
     )
     group.add_argument("--hidden", type=stage.positive_int, help="states of the BiLSTM (default: 256)")
-    group.add_argument("--cnn", type=Path, help="two-stage: trained classifier (default: trained first)")
+    group.add_argument(
+        "--cnn",
+        type=Path,
+        help="trained classifier of slices: cnn-bilstm begins with it, two-stage keeps it (default: none; "
+        "two-stage trains one first)",
+    )
     group.add_argument(
         "--folds", type=stage.positive_int, help=f"two-stage: for its probabilities (default: {FOLDS})"
     )
@@ -164,7 +170,11 @@ def get_parser() -> stage.StageParser:
         "--mirrored", action="store_true", help="the mean with the mirrored slices (test-time augmentation)"
     )
     group.add_argument(
-        "--gradcam", action="store_true", help="show where it looks, scored against the lesion masks"
+        "--gradcam",
+        nargs="?",
+        const="grad-cam",
+        choices=METHODS,
+        help="show where it looks, scored against the lesion masks (default method: grad-cam)",
     )
     return parser
 
@@ -172,29 +182,6 @@ def get_parser() -> stage.StageParser:
 # the options of the mode that does not train, and those that training has as well
 MODES = {"evaluate": ("split", "results", "mirrored", "gradcam")}
 SHARED = ("data", "dose_model", "doses", "seed", "device", "debug")
-
-
-def given_options(argv: Sequence | None) -> set[str]:
-    """The options that a command line names, be it with their defaults."""
-    names = vars(get_parser().parse_args([]))
-    blank = argparse.Namespace(**dict.fromkeys(names))  # argparse leaves alone what is there
-    return {name for name, value in vars(get_parser().parse_args(argv, blank)).items() if value is not None}
-
-
-def training_only(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
-    """The options without those of MODES, which decide nothing in a training.
-
-    given: of given_options. Raises InputError for one whose mode is not asked for, and for one of training
-    beside a mode."""
-    own = {*MODES, *(option for options in MODES.values() for option in options)}
-    for mode, options in MODES.items():
-        asked = mode in given
-        wrong = given - {mode, *options, *SHARED} if asked else given & set(options)
-        if wrong:
-            words = f"--{min(wrong).replace('_', '-')}"
-            reason = f"not with --{mode}, which does not train" if asked else f"only with --{mode}"
-            raise stage.InputError(f"{words}: {reason} (leave it out)")
-    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in own})
 
 
 def evaluate(args: argparse.Namespace, command: str) -> None:
@@ -221,7 +208,7 @@ ONLY_FOR = {
     "auxiliary_loss_weight": SEQUENCE_MODELS,
     "hidden": SEQUENCE_MODELS,
     "backbone": SEQUENCE_MODELS,
-    "cnn": ("two-stage",),
+    "cnn": SEQUENCE_MODELS,
     "folds": ("two-stage",),
     "components": ("two-stage",),
     "epochs_sequence": ("two-stage",),
@@ -246,6 +233,8 @@ def check_options(args: argparse.Namespace) -> None:
         refuse("denoiser", f"only for --input denoised and joint, not {args.input}")
     if args.joint_weight is not None and args.input != "joint":
         refuse("joint_weight", "only for --input joint")
+    if args.input == "joint" and args.window_jitter:
+        refuse("window_jitter", "would hide from the denoiser what it is trained for")
     if args.input == "joint" and args.model in SEQUENCE_MODELS:
         raise stage.InputError(f"--input joint: for networks of slices, not {args.model} (choose another)")
     if args.model == "cnn-bilstm" and args.batch_size != BATCH_SIZE:
@@ -263,6 +252,9 @@ def check_options(args: argparse.Namespace) -> None:
                 refuse(option, "--cnn is what it is")
         if args.pretrained:
             refuse("pretrained", "--cnn is what it is")
+        for option, none in (("windows", "brain"), ("slices", 1)):
+            if getattr(args, option) != none:
+                refuse(option, "--cnn is what it is")
 
 
 # ---------------------------------------------------------------- runs
@@ -382,6 +374,17 @@ def start_from(path: Path, model: dict) -> tuple[dict, dict]:
     return network.state_dict(), facts
 
 
+def load_cnn(run: Run, path: Path) -> tuple[nn.Module, dict]:
+    """(network, facts) of --cnn. Raises InputError if it is no classifier of slices for this task."""
+    cnn, facts = load_classifier(path, run.device)
+    if facts["classes"] != list(run.task.classes) or facts["model"]["name"] not in CLASSIFIERS:
+        raise stage.InputError(
+            f"--cnn {path}: has classes {', '.join(facts['classes'])} and network {facts['model']['name']}; "
+            f"a classifier of slices for --task {run.args.task} is needed"
+        )
+    return cnn, facts
+
+
 class Start(NamedTuple):
     """What a network begins with: load(network), and what its checkpoint says of it."""
 
@@ -403,14 +406,18 @@ def pick_start(args: argparse.Namespace, model: dict) -> Start:
     return Start(lambda _network: None, {}, [])
 
 
-def train_slices(run: Run, args: argparse.Namespace, keep: np.ndarray | None = None) -> Path | None:
-    """One classifier of slices. keep: (N,) bool, the training slices to learn from (default: all)."""
+def train_slices(
+    run: Run, args: argparse.Namespace, model: dict | None = None, keep: np.ndarray | None = None
+) -> Path | None:
+    """One classifier of slices. model: name and kwargs (default: what the options ask for). keep: (N,) bool,
+    the training slices to learn from (default: all)."""
     joint = args.input == "joint"
-    model = {"name": args.model, "kwargs": cnn_kwargs(args, args.model)}
+    model = model or {"name": args.model, "kwargs": cnn_kwargs(args, args.model)}
     start = pick_start(args, model)
     if joint:
         parts = {"denoiser": run.denoiser[1]["model"], "classifier": model}
         model = {"name": "joint", "kwargs": parts}
+    seen = run.denoiser[0].slices if joint else model["kwargs"].get("slices", 1)
     slices = run.targets["train"][0]
     used = slices if keep is None else np.where(keep[:, None], slices, np.nan)
     balance = sampling(run.task, used, args.balance)
@@ -418,7 +425,7 @@ def train_slices(run: Run, args: argparse.Namespace, keep: np.ndarray | None = N
     weight = JOINT_WEIGHT if args.joint_weight is None else args.joint_weight
 
     def loss_fn(network: training.Network, batch: Batch) -> Any:
-        hu, full = run.inputs["train"].draw(batch, args.slices)
+        hu, full = run.inputs["train"].draw(batch, seen)
         if joint:
             logits, image = network(hu, denoised=True)
             terms = {"answer": loss(logits, batch.targets), "image": rmse_loss(image, full, None)}
@@ -483,17 +490,27 @@ def train_end_to_end(run: Run, args: argparse.Namespace) -> Path | None:
     """CNN and BiLSTM together, from whole scans."""
     backbone = args.backbone or "resnet18"
     classes = list(run.task.classes)
-    cnn = {"name": backbone, "kwargs": cnn_kwargs(args, backbone)}
+    cnn, begun = {"name": backbone, "kwargs": cnn_kwargs(args, backbone)}, None
+    if args.cnn is not None:
+        begun, facts = load_cnn(run, args.cnn)
+        cnn = facts["model"]
     model = {
         "name": args.model,
         "kwargs": {"cnn": cnn, "classes": classes, "dropout": args.dropout} | sequence_kwargs(args),
     }
     start = pick_start(args, model)
+    if begun is not None:
+        parent = {"path": args.cnn.name, "sha256": checkpoints.file_sha256(args.cnn)}
+        start = Start(
+            lambda network: network.cnn.load_state_dict(begun.state_dict()),
+            {"cnn": parent},
+            facts["trained_on"],
+        )
     batches = scan_batches(run)
     loss = sequence_loss(run, batches.pop("pos_weight"))
 
     def loss_fn(network: training.Network, batch: Batch) -> Any:
-        hu, _ = run.inputs["train"].draw(batch, args.slices)
+        hu, _ = run.inputs["train"].draw(batch, cnn["kwargs"].get("slices", 1))
         hu = jitter_window(hu, batch.moves, args.window_jitter)
         return loss(network(padded(hu, batch.present), batch.present), batch)
 
@@ -530,19 +547,13 @@ def train_two_stage(run: Run, args: argparse.Namespace) -> Path | None:
     count, components = args.folds or FOLDS, args.components or COMPONENTS
     folds = two_stage.folds_of(run.train, count, args.seed)
     if args.cnn is not None:
-        cnn, facts = load_classifier(args.cnn, run.device)
-        if facts["classes"] != list(run.task.classes) or not hasattr(cnn, "embed"):
-            raise stage.InputError(
-                f"--cnn {args.cnn}: has classes {', '.join(facts['classes'])} and network "
-                f"{facts['model']['name']}; a classifier of slices for --task {args.task} is needed"
-            )
-        path, backbone = args.cnn, facts["model"]["name"]
-        own = with_options(args, model=backbone, width=facts["model"]["kwargs"].get("width"))
+        path, one = args.cnn, load_cnn(run, args.cnn)[1]["model"]
     else:
-        own = with_options(args, model=args.backbone or "resnet18")
-        path = train_slices(run, with_options(own, name=f"{args.name}.cnn"))
+        backbone = args.backbone or "resnet18"
+        one = {"name": backbone, "kwargs": cnn_kwargs(args, backbone)}
+        path = train_slices(run, with_options(args, name=f"{args.name}.cnn"), one)
     paths = [
-        train_slices(run, with_options(own, name=f"{args.name}.cnn.fold{number}"), folds != number)
+        train_slices(run, with_options(args, name=f"{args.name}.cnn.fold{number}"), one, folds != number)
         for number in range(count)
     ]
     names = [f"{args.name}.cnn.fold{number}.pt" for number in range(count)]
@@ -619,7 +630,7 @@ TRAIN = {"cnn-bilstm": train_end_to_end, "two-stage": train_two_stage}
 
 def main(argv: list[str] | None = None) -> None:
     given = get_parser().parse_args(argv)
-    training_args = training_only(given, given_options(argv))
+    training_args = stage.training_only(given, stage.given_options(get_parser(), argv), MODES, SHARED)
     if given.evaluate:
         evaluate(given, " ".join(["train_classifier.py", *map(str, sys.argv[1:] if argv is None else argv)]))
         return

@@ -229,13 +229,15 @@ def write_nifti(
     volume: np.ndarray,
     scan_affine_lps: np.ndarray,
     positions_mm: Sequence[float] | None = None,
+    axes: str | None = None,
 ) -> bool:
-    """Write (S, H, W) as NIfTI in RAS, atomically. Returns whether it was resampled to an even grid.
+    """Write (S, H, W) as NIfTI in RAS mm, atomically. Returns whether it was resampled to an even grid.
 
     scan_affine_lps: (4, 4), (column, row, slice) -> LPS mm, stepping by the median gap. positions_mm: (S,)
     along the normal; where its gaps differ by more than 1 % the volume is resampled between its first and its
     last slice, linearly (uint8 and bool, which are masks: nearest slice), and the header says so. A tilt
     stays in the affine: interpolation runs from slice to slice along the shear, so no pixel moves sideways.
+    axes: where the axes of the file lead, e.g. "RAS"; None: as those of the volume, columns first.
     Raises ValueError for a volume that is not three-dimensional, or an affine that is not finite and
     invertible."""
     volume, affine = np.asarray(volume), np.array(scan_affine_lps, np.float64)
@@ -258,6 +260,11 @@ def write_nifti(
     image = nib.Nifti1Image(volume.transpose(2, 1, 0), LPS_TO_RAS @ affine)
     image.set_sform(LPS_TO_RAS @ affine, code=1)
     image.header.set_xyzt_units("mm")
+    if axes is not None:
+        turn = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
+        )
+        image = image.as_reoriented(turn)
     if resampled:
         image.header["descrip"] = b"uneven slices, resampled to an even grid"
     data = image.to_bytes()

@@ -512,6 +512,6 @@ def test_option_without_its_mode_is_refused(words, message):
 
 def test_options_of_evaluation_are_no_part_of_a_training():
     parsed = train_classifier.get_parser().parse_args([])
-    args = train_classifier.training_only(parsed, set())
+    args = stage.training_only(parsed, set(), train_classifier.MODES, train_classifier.SHARED)
     assert not {"evaluate", "split", "results", "mirrored"} & set(vars(args))
     assert {"task", "epochs", "seed"} <= set(vars(args))

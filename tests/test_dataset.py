@@ -183,6 +183,59 @@ def test_fit_to_square_of_a_mask_invents_no_class():
     assert set(np.unique(dataset.fit_to_square(mask, (5, 1, 1), 31, 0))) == {0, 1, 6}
 
 
+SCANS = [  # shape, spacing, size
+    *(((61, 47), (5.0, 0.9, 0.6), 64), ((60, 52), (5.0, 0.5, 0.75), 33), ((128, 96), (2.5, 0.5, 0.5), 64)),
+    *(((33, 71), (2.0, 1.1, 0.4), 128), ((40, 41), (3.0, 1.0, 1.0), 41)),
+]
+
+
+def one_sided(shape, spacing_mm):
+    """(rows, columns) share 0..1 of each pixel in a disc near one corner, and the place of its centre."""
+    _, row_mm, column_mm = spacing_mm
+    centre = 0.3 * shape[0], 0.72 * shape[1]
+    radius_mm = 0.16 * min(shape[0] * row_mm, shape[1] * column_mm)
+    row, column = np.indices(shape)
+    away = np.hypot((row - centre[0]) * row_mm, (column - centre[1]) * column_mm)
+    return np.clip((radius_mm - away) / max(row_mm, column_mm) + 0.5, 0, 1), centre
+
+
+@pytest.mark.parametrize(("shape", "spacing_mm", "size"), SCANS)
+def test_from_square_puts_a_one_sided_blob_back_where_it_was(shape, spacing_mm, size):
+    share, centre = one_sided(shape, spacing_mm)
+    percent = (100 * share).astype(np.int16)[None]  # resampled as HU are
+    found = dataset.fit_to_square(percent, spacing_mm, size, 0).astype(np.float32) / 100
+    back = dataset.from_square(found, shape, spacing_mm)
+    assert back.shape == (1, *shape) and back.dtype == np.float32
+    inside = back[0] >= 0.5
+    np.testing.assert_allclose(np.argwhere(inside).mean(axis=0), centre, atol=0.5)
+    pixel = dataset.square_pixel_mm(shape, spacing_mm, size) / min(spacing_mm[1:])
+    assert inside.sum() == pytest.approx((share >= 0.5).sum(), rel=0.08 * max(pixel, 1))
+
+
+@pytest.mark.parametrize(("shape", "spacing_mm", "size"), SCANS)
+def test_from_square_undoes_fit_to_square_of_a_mask(shape, spacing_mm, size):
+    """Nearest pixels on the way there and back: edges move by a pixel of the coarser grid at most."""
+    mask = np.zeros((2, *shape), np.uint8)
+    mask[0, 4 : shape[0] // 2, 3 : shape[1] // 3], mask[1, -12:-3, -15:-4] = 3, 255
+    back = dataset.from_square(dataset.fit_to_square(mask, spacing_mm, size, 0), shape, spacing_mm)
+    assert back.dtype == np.uint8 and set(np.unique(back)) == {0, 3, 255}
+    pixel_mm = dataset.square_pixel_mm(shape, spacing_mm, size)
+    reach = [math.ceil(max(pixel_mm / mm, 1)) for mm in spacing_mm[1:]]
+    for value, slice_ in ((3, 0), (255, 1)):
+        places = [np.argwhere(part == value) for part in (mask[slice_], back[slice_])]
+        for ends in (np.min, np.max):
+            assert (abs(ends(places[0], axis=0) - ends(places[1], axis=0)) <= reach).all()
+
+
+def test_from_square_keeps_classes_of_probabilities_apart():
+    found = np.random.default_rng(0).random((3, 2, 48, 48), dtype=np.float32)
+    back = dataset.from_square(found, (50, 40), (5.0, 1.0, 1.0))
+    assert back.shape == (3, 2, 50, 40)
+    for name in range(2):
+        np.testing.assert_array_equal(back[:, name], dataset.from_square(found[:, name], (50, 40), (5, 1, 1)))
+    assert found.min() <= back.min() and back.max() <= found.max()
+
+
 # ---------------------------------------------------------------- packed cache
 
 
@@ -458,3 +511,29 @@ def test_augment_leaves_the_noise_of_half_the_slices_as_it_is():
     sd = found.std(dim=(1, 2, 3))
     untouched = (sd > 3.7).float().mean().item()
     assert untouched == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("side", [33, 48])
+def test_augment_mask_moves_a_mask_as_augment_moves_its_slice(side):
+    rows, columns = np.mgrid[:side, :side]
+    disc = (rows - 0.4 * side) ** 2 + (columns - 0.6 * side) ** 2 < (side / 6) ** 2
+    mask = torch.from_numpy(disc.astype(np.uint8) * 6).repeat(40, 1, 1, 1)
+    hu = torch.where(mask > 0, 60.0, 30.0)
+    seeds = list(range(40))
+    moved, found = dataset.augment(hu, seeds), dataset.augment_mask(mask, seeds)
+    assert found.dtype == torch.uint8
+    assert set(found.unique().tolist()) == {0, 6}
+    bright = moved > 45  # halfway: within half a pixel of the edge that the nearest pixel gives
+    differs = bright != (found > 0)
+    assert differs.float().sum((1, 2, 3)).max() <= 0.1 * disc.sum()
+    assert len({tuple(image.flatten().tolist()) for image in found}) > 20
+    turned = (moved != 60).logical_and(moved != 30).logical_and(moved > 0).any(3).any(2)[:, 0]
+    exact = ~turned  # those that only moved by whole pixels
+    assert exact.sum() > 10
+    assert torch.equal(bright[exact], found[exact] > 0)
+
+
+def test_augment_mask_makes_up_no_class_where_two_meet():
+    mask = torch.zeros(20, 1, 32, 32, dtype=torch.uint8)
+    mask[..., :16, :], mask[..., 16:, :] = 1, 255
+    assert set(dataset.augment_mask(mask, list(range(20))).unique().tolist()) == {0, 1, 255}

@@ -91,7 +91,7 @@ def test_a_network_that_looks_at_the_lesion_points_at_it_and_random_weights_do_n
 
 def test_heats_come_in_the_order_of_the_rows_with_the_slices_that_they_are_of():
     pack = Volumes()
-    images, (heat,) = heats([Bright()], seen(pack), pack, [1, 8], "stroke")
+    images, (heat,) = heats([Bright()], seen(pack), pack, [1, 8], "stroke", "grad-cam")
     np.testing.assert_array_equal(images, pack.image[[1, 8]])
     for place, row in enumerate((1, 8)):
         assert pack.mask[row][np.unravel_index(heat[place].argmax(), (32, 32))]

@@ -119,6 +119,23 @@ def test_bootstrap_leaves_replicates_without_a_value_out():
     assert found == (1, 1)
 
 
+def test_bootstrap_of_many_numbers_is_that_of_each(scored, rng):
+    parts, wholes = rng.random((25, 2)), np.ones((25, 2))
+    parts[:20, 0] = wholes[:20, 0] = 0  # 0 / 0 where only these were drawn
+    parts[:, 1] = wholes[:, 1] = 0
+
+    def shares(times):
+        return times @ parts / (times @ wholes)
+
+    found = intervals.patient_bootstraps(shares, 25, seed=2, replicates=150)
+    assert found[1] == pytest.approx(intervals.UNKNOWN, nan_ok=True)
+    alone = intervals.patient_bootstrap(lambda times: shares(times[None])[0, 0], 25, seed=2, replicates=150)
+    assert found[0] == pytest.approx(alone)
+    nothing = intervals.patient_bootstraps(lambda times: np.zeros((len(times), 3)), 0, seed=2)
+    assert np.isnan(nothing).all()
+    assert len(nothing) == 3
+
+
 # ---------------------------------------------------------------- DeLong
 
 

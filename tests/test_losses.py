@@ -12,7 +12,14 @@ import anatomy
 import losses
 import phantom
 from denoisers import Encoded
-from losses import LESION_WEIGHT, LOSSES, AnatomyAwareLoss, masked_bce_loss, rmse_loss
+from losses import (
+    LESION_WEIGHT,
+    LOSSES,
+    SEGMENTATION_LOSSES,
+    AnatomyAwareLoss,
+    masked_bce_loss,
+    rmse_loss,
+)
 from stage import InputError
 
 
@@ -426,3 +433,123 @@ def test_masked_bce_pos_weight_multiplies_the_positives():
     logits, targets = torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
     weighted = masked_bce_loss(logits, targets, torch.tensor([3.0]))
     assert weighted.item() == pytest.approx((3 + 1) / 2 * math.log(2))
+
+
+# ---------------------------------------------------------------- segmentation
+
+
+def logits_of(p):
+    return torch.logit(torch.as_tensor(p, dtype=torch.float64)).float()
+
+
+def lesion(*pixels, shape=(4, 5), value=1):
+    """A mask (1, 1, H, W) with some pixels of one class."""
+    mask = torch.zeros(1, 1, *shape, dtype=torch.uint8)
+    for row, column in pixels:
+        mask[0, 0, row, column] = value
+    return mask
+
+
+def certain(mask, outputs):
+    """Logits (B, outputs, H, W) that say the mask with all but certainty."""
+    wanted = mask[:, 0].long()
+    if outputs == 1:
+        return 60.0 * (wanted > 0)[:, None] - 30
+    return 60.0 * torch.nn.functional.one_hot(wanted, outputs).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("outputs", [1, 7])
+@pytest.mark.parametrize("name", SEGMENTATION_LOSSES)
+def test_every_segmentation_loss_is_near_zero_for_the_truth_and_grows_with_the_error(name, outputs):
+    mask = torch.cat([lesion((1, 1), (1, 2), value=2), lesion(), lesion((3, 3), value=6)])
+    right, loss = certain(mask, outputs), SEGMENTATION_LOSSES[name]
+    assert 0 <= loss(right, mask).item() < 1e-6
+    steps = [loss((1 - share) * right - share * right, mask).item() for share in (0.0, 0.4, 0.5, 0.6, 1.0)]
+    assert steps == sorted(steps)
+    assert steps[-1] > 0.5
+
+
+@pytest.mark.parametrize("outputs", [1, 7])
+@pytest.mark.parametrize("name", SEGMENTATION_LOSSES)
+def test_every_segmentation_loss_falls_along_its_gradient_and_treats_images_apart(name, outputs):
+    mask = torch.cat([lesion((1, 1), (1, 2), value=2), lesion()])
+    logits, loss = images(2, outputs, 4, 5, spread=1.0).sub_(40).requires_grad_(), SEGMENTATION_LOSSES[name]
+    value = loss(logits, mask)
+    value.backward()
+    assert value.shape == ()
+    assert logits.grad.isfinite().all()
+    with torch.no_grad():
+        assert loss(logits - 0.1 * logits.grad, mask) < value
+        alone = [loss(logits[place : place + 1], mask[place : place + 1]) for place in (0, 1)]
+    torch.testing.assert_close(value.detach(), torch.stack(alone).mean())
+
+
+def test_bce_dice_of_one_probability_everywhere_is_its_closed_form():
+    p, mask = 0.3, lesion((0, 0), (0, 1), (2, 2))
+    dice = (2 * p * 3 + 1) / (p * 20 + 3 + 1)
+    bce = -(3 * math.log(p) + 17 * math.log(1 - p)) / 20
+    found = losses.bce_dice_loss(logits_of(np.full((1, 1, 4, 5), p)), mask)
+    assert found.item() == pytest.approx(0.5 * bce + 0.5 * (1 - dice), rel=1e-6)
+
+
+def test_bce_dice_of_an_image_without_lesion_is_the_share_called_lesion_and_its_cross_entropy():
+    for p in (1e-6, 0.3, 0.9):
+        found = losses.bce_dice_loss(logits_of(np.full((1, 1, 4, 5), p)), lesion())
+        assert found.item() == pytest.approx(-0.5 * math.log(1 - p) + 0.5 * p, rel=1e-4)
+
+
+def test_tversky_of_one_probability_everywhere_is_its_closed_form():
+    p, mask = 0.3, lesion((0, 0), (0, 1), (2, 2))
+    index = (p * 3 + 0.5) / (p * 3 + 0.3 * p * 17 + 0.7 * (1 - p) * 3 + 0.5)
+    logits = logits_of(np.full((1, 1, 4, 5), p))
+    assert losses.tversky_loss(logits, mask).item() == pytest.approx(1 - index, rel=1e-6)
+
+
+def test_tversky_with_halves_is_dice_and_by_default_minds_missed_pixels_more():
+    mask = lesion((1, 1), (1, 2))
+    logits = images(1, 1, 4, 5, spread=1.0) - 40
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, (mask > 0).float())
+    dice = 2 * losses.bce_dice_loss(logits, mask) - bce
+    torch.testing.assert_close(losses.tversky_loss(logits, mask, 0.5, 0.5), dice)
+    missed, false = certain(lesion((1, 1)), 1), certain(lesion((1, 1), (1, 2), (1, 3)), 1)
+    assert losses.tversky_loss(missed, mask) > losses.tversky_loss(false, mask)
+
+
+def test_focal_without_gamma_is_the_cross_entropy_and_with_it_weighs_by_the_error():
+    mask = lesion((1, 1), (1, 2), value=2)
+    for outputs in (1, 7):
+        logits = images(1, outputs, 4, 5, spread=1.0) - 40
+        if outputs == 1:
+            entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, (mask > 0).float())
+        else:
+            entropy = torch.nn.functional.cross_entropy(logits, mask[:, 0].long())
+        torch.testing.assert_close(losses.focal_loss(logits, mask, 0.0), entropy)
+    p = 0.3
+    wanted = -(2 * 0.7**2 * math.log(p) + 18 * 0.3**2 * math.log(1 - p)) / 20
+    found = losses.focal_loss(logits_of(np.full((1, 1, 4, 5), p)), mask)
+    assert found.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_dice_of_classes_is_the_mean_over_those_that_the_image_has():
+    mask = lesion((0, 0), (0, 1), value=1) + lesion((2, 2), value=4)
+    found = lesion((0, 0), (0, 1), value=1)  # the first is right, the second missed
+    value = losses.tversky_loss(certain(found, 7), mask, 0.5, 0.5)
+    assert value.item() == pytest.approx((0 + 0.5 / (0.5 + 0.5)) / 2, rel=1e-6)
+    swapped = lesion((0, 0), (0, 1), value=4) + lesion((2, 2), value=1)
+    of_first, of_second = 1.5 / (1.5 + 0.5), 1.5 / (1.5 + 0.5)  # (1 + 2) / 2 errors each, and no hit
+    value = losses.tversky_loss(certain(swapped, 7), mask, 0.5, 0.5)
+    assert value.item() == pytest.approx((of_first + of_second) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SEGMENTATION_LOSSES)
+def test_lesion_of_unknown_kind_is_a_lesion_to_a_binary_network_and_nothing_to_one_of_classes(name):
+    loss = SEGMENTATION_LOSSES[name]
+    known, unknown = lesion((1, 1), (1, 2)), lesion((1, 1), (1, 2), value=255)
+    logits = images(1, 1, 4, 5, spread=1.0) - 40
+    assert torch.equal(loss(logits, known), loss(logits, unknown))
+    of_classes = (images(1, 7, 4, 5, spread=1.0) - 40).requires_grad_()
+    loss(of_classes, unknown).backward()
+    assert not of_classes.grad[..., 1, 1:3].any()
+    assert of_classes.grad[..., 0, 0].any()
+    everywhere = torch.full_like(known, 255)
+    assert loss(of_classes, everywhere).item() == 0

@@ -118,6 +118,42 @@ def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
     assert f"Left out: {words}" in printed or f": {words}" in printed
 
 
+def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(trained, tmp_path):
+    data, models = trained
+    other = tmp_path / "models"
+    other.mkdir()
+    shutil.copy(models / "denoiser.pt", other)
+    common = [
+        "--data",
+        data,
+        "--out",
+        other,
+        "--width",
+        4,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--task",
+        "type",
+    ]
+    call(train_classifier, *common, "--model", "cnn-bilstm", "--hidden", 8)
+    call(train_classifier, *common, "--input", "joint", "--name", "classifier_joint")
+    steps = ["--folds", 2, "--components", 4, "--epochs-sequence", 1]
+    call(train_classifier, *common, "--model", "two-stage", *steps, "--name", "classifier_two")
+    call(run_experiments, "--data", data, "--models", other, "--out", tmp_path / "results", "--doses", 5)
+    rows = read_csv(tmp_path / "results" / "experiments.csv")
+    assert {(row["arm"], row["classifier"]) for row in rows} == {
+        ("1", "classifier.pt"),
+        ("2", "classifier.pt"),
+        ("1", "classifier_two.pt"),
+        ("2", "classifier_two.pt"),
+        ("2j", "classifier_joint.pt"),
+    }
+    assert {row["level"] for row in rows} == {"slice", "scan"}
+    assert {row["task"] for row in rows} == {"type"}
+
+
 def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, capsys):
     data, models = trained
     other = shutil.copytree(models, tmp_path / "models")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 
-from scans import PHANTOM_NOISE_HU, READERS, discover_phantom, read_scan
+from phantom import generate_phantom
+from scans import PHANTOM_NOISE_HU, READERS, discover, discover_phantom, read_scan
 from tests.test_dicom_series import along_z, write_series
-from volumes import AIR_HU, LABEL_NAMES, Job
+from volumes import AIR_HU, LABEL_NAMES, Job, ScanError, write_nifti
 
 
 def test_discover_phantom_gives_the_same_patients_however_many_are_asked_for():
@@ -54,3 +56,26 @@ def test_readers_hold_pairs_of_functions_and_jobs_name_their_reader(tmp_path):
         assert scan.source == name and scan.series_uid == jobs[0].series_uid
         assert scan.hu.min() >= AIR_HU and scan.intensity == "hu"
         assert len(scan.positions_mm) == len(scan.hu) == len(scan.repairs)
+
+
+def test_discover_tells_dicom_and_nifti_apart_by_what_lies_there(tmp_path):
+    write_series(tmp_path / "dicom", along_z(0, 5))
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "dicom")
+    made = generate_phantom(3, size=40, slices=3)
+    for name in ("a.nii.gz", "deep/b.nii"):
+        write_nifti(tmp_path / "nifti" / name, made.hu.round().astype(np.int16), np.asarray(made.affine))
+    sources = {
+        name: [job.source for job in discover(tmp_path / name)[0]]
+        for name in ("dicom", "zipped.zip", "nifti", "nifti/a.nii.gz")
+    }
+    assert sources == {
+        "dicom": ["dicom"],
+        "zipped.zip": ["dicom"],
+        "nifti": ["nifti", "nifti"],
+        "nifti/a.nii.gz": ["nifti"],
+    }
+    shutil.copy(tmp_path / "nifti" / "a.nii.gz", tmp_path / "dicom")
+    jobs, rejected = discover(tmp_path / "dicom")
+    assert [job.source for job in jobs] == ["dicom"] and len(rejected) == 1  # of both, and it is named
+    with pytest.raises(ScanError, match="nowhere"):
+        discover(tmp_path / "nowhere")

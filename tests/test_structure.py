@@ -14,19 +14,21 @@ STAGES = (
     "export_low_dose",
     "train_denoiser",
     "train_classifier",
+    "train_segmenter",
     "run_experiments",
     "predict",
     "app",
 )
 ORDER = (  # each imports only from its left
     *("stage", "tomography", "dose", "anatomy", "artifacts"),
-    *("calibration", "intervals", "metrics", "phantom"),
-    *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_sets"),
+    *("calibration", "intervals", "metrics", "lesions", "phantom"),
+    *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_output", "dicom_sets"),
     *("nifti_series", "array_sets", "picture_sets", "scans"),
-    *("dataset", "low_dose", "weights", "denoisers", "classical", "tiling"),
-    *("classifiers", "joint", "sequences", "models", "losses", "checkpoints"),
-    *("display", "explain", "runs", "training", "inference"),
-    *("reading_inputs", "answers", "two_stage", "denoised", "classified"),
+    *("dataset", "low_dose", "weights", "unet", "denoisers", "classical", "tiling"),
+    *("classifiers", "segmenters", "joint", "sequences", "models", "losses", "checkpoints"),
+    *("display", "sheets", "explain", "runs", "training", "inference", "lesion_reading"),
+    *("reading_inputs", "answers", "two_stage", "denoised"),
+    *("scoring", "explained", "classified", "segmented"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 

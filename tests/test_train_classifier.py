@@ -363,3 +363,15 @@ def test_scan_probabilities_of_types_sum_to_one_and_follow_the_worst_slice():
     slices = np.array([[0.9, 0.05, 0.05], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1]])
     (found,) = inference.scan_probabilities(slices, np.zeros(3, int), TASKS["type"].classes)
     np.testing.assert_allclose(found, [0.2, 0.7, 0.1])
+
+
+def test_cnn_bilstm_begins_with_a_trained_cnn(split_data, tmp_path):
+    run(split_data, tmp_path, *SMALL, "--windows", "three", "--name", "slices")
+    words = [*TOY, *SCANS, "--model", "cnn-bilstm", "--cnn", tmp_path / "slices.pt", "--lr", 1e-12]
+    run(split_data, tmp_path, *words)
+    first, second = (checkpoints.load(tmp_path / f"{n}.pt", "classifier") for n in ("slices", "classifier"))
+    for key, value in first["state"].items():
+        if "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(second["state"][f"cnn.{key}"], value, atol=1e-4, rtol=0)
+    assert second["model"]["kwargs"]["cnn"] == first["model"]
+    assert second["parents"]["cnn"]["path"] == "slices.pt"

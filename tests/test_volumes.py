@@ -88,6 +88,19 @@ def test_write_nifti_of_a_mask_with_uneven_gaps_invents_no_class(tmp_path):
     assert set(np.unique(data)) == {0, 1, 6} and data.dtype == np.uint8
 
 
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SPR", "ILA"])
+def test_write_nifti_along_other_axes_leaves_every_voxel_where_it_is(tmp_path, axes):
+    volume = np.arange(4 * 5 * 7).reshape(4, 5, 7).astype(np.int16)
+    affine = np.array([[0.5, 0, 0, -10], [0, 0.57, 1.3, -20], [0, -0.19, 4.2, 30], [0, 0, 0, 1.0]])
+    write_nifti(tmp_path / "x.nii", volume, affine, [0.0, 4.0, 8.0, 12.0], axes)
+    image = nib.load(tmp_path / "x.nii")
+    assert "".join(nib.aff2axcodes(image.affine)) == axes
+    data, to_volume = np.asarray(image.dataobj), np.linalg.inv(affine)
+    for index in np.ndindex(*data.shape):
+        column, row, place = (to_volume @ [*lps_point(image, *index), 1])[:3].round().astype(int)
+        assert data[index] == volume[place, row, column]
+
+
 def test_write_nifti_refuses_what_it_cannot_place(tmp_path):
     volume = np.zeros((2, 4, 4), np.int16)
     with pytest.raises(ValueError, match="shape"):
