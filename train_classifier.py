@@ -35,13 +35,11 @@ import stage
 import training
 import two_stage
 from answers import Validation, known_targets, sampling
-from classifiers import THREE_WINDOWS_MEAN, THREE_WINDOWS_SD, pretrained
+from classifiers import WINDOWS, pretrained
 from dataset import (
-    BRAIN_WINDOW,
     LABELS,
     SPLITS,
     TASKS,
-    THREE_WINDOWS,
     Batch,
     Pack,
     ScanBatches,
@@ -59,14 +57,6 @@ from models import CLASSIFIERS, SEQUENCE_MODELS, build_model
 from reading_inputs import INPUTS, ReadingInputs
 
 WIDTH = 64  # of ResNet-18 in the paper
-WINDOWS = {
-    "brain": {"windows": [list(BRAIN_WINDOW)]},
-    "three": {
-        "windows": [list(window) for window in THREE_WINDOWS],
-        "mean": list(THREE_WINDOWS_MEAN),
-        "sd": list(THREE_WINDOWS_SD),
-    },
-}
 BATCH_SIZE, SCANS = 32, 4  # slices, and scans, of a batch
 JOINT_WEIGHT = 0.02  # of the image's RMSE, 5 HU of which then weigh as a tenth of an undecided answer
 SEQUENCE = {"epochs": 30, "lr": 1e-3}  # of the second step of two-stage

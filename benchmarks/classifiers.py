@@ -5,10 +5,10 @@
 
 The plain way: a DataLoader whose data set opens one npz file a slice and hands it to ResNet-18 in fp32. Ours:
 the packed cache, augmentation on the device, training.fit with what it picks by itself. The same network,
-slices, batch size and optimiser; each is measured in a process of its own, --rounds times in turn, and the best
-epoch counts; on the CPU with one thread, in processor time, so that others at work on the machine spoil the
-ratio little. Waiting is the share of an epoch's time that goes by before a batch is there. Prints a table and
-writes results/benchmark_classifiers.json."""
+slices, batch size and optimiser; each is measured in a process of its own, --rounds times in turn, and the
+best epoch counts; on the CPU with one thread, in processor time, so that others at work on the machine spoil
+the ratio little. Waiting is the share of an epoch's time that goes by before a batch is there. Prints a table
+and writes results/benchmark_classifiers.json."""
 
 from __future__ import annotations
 
