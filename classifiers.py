@@ -7,6 +7,7 @@ classified, H and W of any size from SMALLEST_PX on. It returns (B, classes) flo
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class SliceReader(nn.Module):
         return ((seen - self.mean) / self.sd).flatten(1, 2)
 
 
-class Classifier(SliceReader):
+class Classifier(SliceReader, ABC):
     """What every classifier is: a picture of the slices, its features, an embedding, a head.
 
     dropout: share of the embedding that training hides from the head. kwargs: as for SliceReader.
@@ -111,17 +112,17 @@ class Classifier(SliceReader):
         super().__init__(classes, **kwargs)
         self.dropout = nn.Dropout(dropout)
 
+    @abstractmethod
     def features(self, hu: torch.Tensor) -> torch.Tensor:
         """The last feature map: (B, slices, H, W) HU -> (B, C, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, hu: torch.Tensor) -> torch.Tensor:
         """What the head sees: (B, slices, H, W) HU -> (B, head.in_features)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cam_layers(self) -> dict[int, nn.Module]:
         """Stride in pixels -> the module whose output is that stage's feature map, from fine to coarse."""
-        raise NotImplementedError
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
         return self.head(self.dropout(self.embed(hu))).float()

@@ -8,6 +8,7 @@ sigmoid; or (B, 1 + classes, H, W) of no lesion and of each class, for a softmax
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ LESION_SHARE = 0.01  # of the pixels, which a network believes before training. 
 # ---------------------------------------------------------------- what segmenters share
 
 
-class Segmenter(SliceReader):
+class Segmenter(SliceReader, ABC):
     """What every segmenter is: a picture of the slices, features at their size, a head for each pixel.
 
     classes: ("lesion",) or LESION_CLASSES. kwargs: as for SliceReader. Raises ValueError as SliceReader does,
@@ -50,9 +51,9 @@ class Segmenter(SliceReader):
         if not binary:
             nn.init.zeros_(self.head.bias[0])
 
+    @abstractmethod
     def features(self, picture: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W), sides being multiples of step -> (B, head.in_channels, H, W)."""
-        raise NotImplementedError
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
         logits = self.head(self.features(pad(self.normalised(hu), self.step)))
