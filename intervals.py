@@ -1,4 +1,4 @@
-"""How sure a number is: patient bootstrap, DeLong, exact intervals of proportions, Holm.
+"""How sure a number is: patient bootstrap, DeLong, intervals of proportions and their differences, Holm.
 
 Arrays in, numbers out. Slices of one patient err together, so slice-level numbers take the patient bootstrap.
 DeLong and Clopper-Pearson want independent rows: one scan per patient. What cannot be computed is NaN."""
@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import expit, logit
-from scipy.stats import beta, norm
+from scipy.stats import beta, binom, norm
 
 BOOTSTRAP_REPLICATES = 2000  # the ends of a 95 % interval then rest on 50 replicates each
 LEVEL = 0.95
+ROUNDING = 1e-9  # of shares: differences this small are none
 
 
 class Interval(NamedTuple):
@@ -35,6 +37,18 @@ def patient_draws(count: int, seed: int, replicates: int) -> Iterator[np.ndarray
         yield rng.multinomial(count, np.full(count, 1 / count)).astype(np.float64)
 
 
+def patient_replicates(
+    statistic: Callable[[np.ndarray], float | np.ndarray],
+    count: int,
+    *,
+    seed: int,
+    replicates: int = BOOTSTRAP_REPLICATES,
+) -> np.ndarray:
+    """statistic(times (count,)) of each draw, (R,) or (R, K); the draws are those of patient_bootstrap."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.array([statistic(times) for times in patient_draws(count, seed, replicates)])
+
+
 def patient_bootstrap(
     statistic: Callable[[np.ndarray], float],
     count: int,
@@ -50,9 +64,7 @@ def patient_bootstrap(
     class only, are left out; NaN if all do. Source: Efron & Tibshirani 1993, chapter 13."""
     if not count:
         return UNKNOWN
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = np.array([statistic(times) for times in patient_draws(count, seed, replicates)])
-    return _percentiles(values, level)
+    return percentiles(patient_replicates(statistic, count, seed=seed, replicates=replicates), level)
 
 
 DRAWS_AT_ONCE = 100  # of 10,000 patients they take 8 MB
@@ -72,11 +84,11 @@ def patient_bootstraps(
     with np.errstate(divide="ignore", invalid="ignore"):
         while block := list(itertools.islice(draws, DRAWS_AT_ONCE)):
             blocks.append(statistics(np.array(block)))
-    return [_percentiles(values if count else values[:0], level) for values in np.concatenate(blocks).T]
+    return [percentiles(values if count else values[:0], level) for values in np.concatenate(blocks).T]
 
 
-def _percentiles(values: np.ndarray, level: float) -> Interval:
-    """What lies between the tails of replicates (R,); those that are NaN are left out."""
+def percentiles(values: np.ndarray, level: float = LEVEL) -> Interval:
+    """What lies between the tails of replicates (R,); those that are NaN are left out, NaN if all are."""
     values = values[~np.isnan(values)]
     if not len(values):
         return UNKNOWN
@@ -189,8 +201,8 @@ class AucDifference(NamedTuple):
 def delong_auc(targets: np.ndarray, scores: np.ndarray, level: float = LEVEL) -> Auc:
     """AUC of independent rows with DeLong's variance and an interval on the logit scale.
 
-    targets, scores: (N,); rows whose target is NaN count for nothing. The logit (delta method) keeps the
-    interval inside (0, 1) and its coverage near its level where the AUC is high; the symmetric one covers
+    targets: (N,), rows whose target is NaN count for nothing. scores: (N,), or (K, N) of several readers for
+    the mean of their AUCs, these readers being fixed. The logit (delta method) keeps the interval inside (0, 1) and its coverage near its level where the AUC is high; the symmetric one covers
     87 % instead of 95 % at AUC 0.95 with 30 + 30 scans.
 
     Separated classes have variance 0, which says nothing of the next patient. Then the min(positives,
@@ -218,6 +230,7 @@ def delong_difference(
 ) -> AucDifference:
     """AUC(a) - AUC(b) of the same independent rows (N,), with normal interval and two-sided p.
 
+    Scores may be (K, N) as for delong_auc: then of the mean AUCs, and a and b may differ in K.
     p is 1 where both rank alike; the interval and p are NaN where the AUCs differ but the variance is 0.
     All NaN where a class is absent or a score is NaN. Source: DeLong 1988, paired areas."""
     a, b = _components(targets, scores_a), _components(targets, scores_b)
@@ -237,13 +250,18 @@ def delong_difference(
 def _components(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """(share of negatives below each positive, share of positives above each negative), ties half.
 
-    None where a class is absent or the score of a known row is NaN."""
-    targets, scores = np.asarray(targets), np.asarray(scores, np.float64)
-    positive, negative = scores[targets == 1], scores[targets == 0]
-    if not len(positive) or not len(negative) or np.isnan(positive).any() or np.isnan(negative).any():
+    Their mean over readers where scores are (K, N). None where a class is absent or the score of a known row
+    is NaN."""
+    targets, scores = np.asarray(targets), np.atleast_2d(np.asarray(scores, np.float64))
+    positives, negatives = scores[:, targets == 1], scores[:, targets == 0]
+    if not positives.size or not negatives.size or np.isnan(positives).any() or np.isnan(negatives).any():
         return None
-    below, above = _places(positive, np.sort(negative)), _places(negative, np.sort(positive))
-    return sum(below) / (2 * len(negative)), 1 - sum(above) / (2 * len(positive))
+    wins, losses = np.zeros(positives.shape[1]), np.zeros(negatives.shape[1])  # counts, each pair twice
+    for positive, negative in zip(positives, negatives, strict=True):
+        wins += sum(_places(positive, np.sort(negative)))
+        losses += sum(_places(negative, np.sort(positive)))
+    readers = 2 * len(scores)
+    return wins / (readers * len(losses)), 1 - losses / (readers * len(wins))
 
 
 def _places(values: np.ndarray, ranked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -273,6 +291,50 @@ def clopper_pearson(successes: float, trials: float, level: float = LEVEL) -> In
         float(beta.ppf(tail, successes, failures + 1)) if successes else 0.0,
         float(beta.isf(tail, successes + 1, failures)) if failures else 1.0,
     )
+
+
+class ProportionDifference(NamedTuple):
+    low: float
+    high: float
+    p: float
+
+
+def paired_proportions(
+    gained: float, lost: float, trials: float, level: float = LEVEL
+) -> ProportionDifference:
+    """Interval and two-sided p of (gained - lost) / trials, two proportions of the same independent trials.
+
+    gained: trials that only the first has right; lost: only the second. The interval is that of the score
+    test: Wald's says nothing where no trial changed, and with 40 to 150 trials claims non-inferiority by
+    0.05 in 4 to 8 % of studies instead of 2.5. Without a change it is -+z^2 / (trials + z^2). p is McNemar's,
+    its dual at 0, without continuity correction. Counts need not be integers: clustered trials come divided
+    by their design effect. NaN without trials. Source: Tango 1998; design effect: Rao & Scott 1992."""
+    if not trials > 0:
+        return ProportionDifference(math.nan, math.nan, math.nan)
+    z, difference = float(norm.ppf((1 + level) / 2)), (gained - lost) / trials
+
+    def score(delta: float) -> float:
+        """How far from delta the data lie, in standard errors under delta; falls with delta."""
+        slope = (2 * trials - gained + lost) * delta - gained - lost
+        root = math.sqrt(max(slope**2 + 8 * trials * lost * delta * (1 - delta), 0))
+        variance = (root - slope) / 2 + trials * delta * (1 - delta)  # trials (2 P(lost) + delta (1 - delta))
+        return (gained - lost - trials * delta) / math.sqrt(max(variance, ROUNDING))
+
+    low, high = -1 + ROUNDING, 1 - ROUNDING
+    return ProportionDifference(
+        brentq(lambda delta: score(delta) - z, low, difference)
+        if difference > low and score(low) > z
+        else -1.0,
+        brentq(lambda delta: score(delta) + z, difference, high)
+        if difference < high and score(high) < -z
+        else 1.0,
+        float(2 * norm.sf(abs(gained - lost) / math.sqrt(gained + lost))) if gained + lost else 1.0,
+    )
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p of trials that changed one way or the other; 1 if none did. Source: McNemar 1947."""
+    return min(1.0, 2 * float(binom.cdf(min(lost, gained), lost + gained, 0.5)))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

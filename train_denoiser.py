@@ -36,7 +36,18 @@ import denoised
 import metrics
 import stage
 import training
-from dataset import BRAIN_WINDOW, SPLITS, Batch, Pack, crop, load_pack, mirror, native_size, neighbours
+from dataset import (
+    BRAIN_WINDOW,
+    SPLITS,
+    Batch,
+    Pack,
+    crop,
+    load_pack,
+    mirror,
+    native_size,
+    neighbours,
+    to_tensor,
+)
 from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder
 from display import to_grey
 from inference import denoise, load_denoiser
@@ -78,9 +89,10 @@ def get_parser() -> stage.StageParser:
     parser.add_argument("--loss", choices=sorted(LOSSES), help="objective (default: rmse)")
     parser.add_argument(
         "--target",
-        choices=("clean", "noisy"),
+        choices=("clean", "noisy", "truth"),
         default="clean",
-        help="noisy: a second noise realisation, as in Noise2Noise (default: clean)",
+        help="noisy: a second noise realisation, as in Noise2Noise; truth: without the scan's own noise, "
+        "which phantoms have (default: clean)",
     )
     parser.add_argument("--crop", type=stage.positive_int, help="train on crops of this side (default: none)")
     group = parser.add_argument_group("network")
@@ -283,6 +295,10 @@ class Data:
         self.val_low = LowDose(self.val, dose_model, doses)
         if args.target == "noisy" and self.low.model.simulate is None:
             raise stage.InputError("--target noisy: real low dose has one realisation only (leave it out)")
+        if args.target == "truth" and self.train.truth is None:
+            raise stage.InputError(
+                f"--target truth: {args.data} has no noise-free slices, as phantoms alone have (leave it out)"
+            )
 
     def views(
         self, batch: Batch, slices: int
@@ -293,6 +309,8 @@ class Data:
         if self.args.target == "noisy":
             others = [stage.stable_seed("second", seed) for seed in batch.seeds]
             target = self.low.simulate(full, batch.rows, doses, others)
+        elif self.args.target == "truth":
+            target = mirror(to_tensor(self.train.truth[batch.rows], full.device), batch.moves)
         sigma = torch.tensor(self.low.levels(batch.rows, doses), dtype=torch.float32, device=full.device)
         low, target, full = (self.cropped(images, batch) for images in (low, target, full))
         return low, sigma, target, full

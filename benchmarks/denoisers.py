@@ -59,11 +59,13 @@ INFARCT = 6
 
 
 class Run(NamedTuple):
-    """One training. of: the preset. images: crops that it learns from. dose: the only one, if it has one."""
+    """One training. of: the preset. images: crops that it learns from. target: what it is to give back. dose:
+    the only one, if it has one."""
 
     name: str
     of: str
     images: int
+    target: str = "clean"
     dose: float | None = None
 
 
@@ -97,6 +99,7 @@ def train(run: Run, data: Path, models: Path, slices: int, device: str) -> Path:
     path, model = models / f"{run.name}.pt", PRESETS[run.of][0]
     epochs = max(1, round(run.images / slices))
     options = ["--data", data, "--out", models, "--name", run.name, "--model", run.of, "--resume"]
+    options += ["--target", run.target]
     options += ["--lr", LEARNING_RATES[model], "--crop", CROP, "--batch-size", BATCH, "--device", device]
     options += ["--dose-model", DOSE_MODEL, "--doses", *(TRAINED if run.dose is None else [run.dose])]
     if model == "student":  # each of its two networks learns from as many images as the others
@@ -275,11 +278,12 @@ def kept(path: Path, key: object, make: Callable[[], dict]) -> dict:
     return json.loads(path.read_text())["value"]
 
 
-def runs_of(names: list[str], images: int, seconds: float, models: Path) -> Iterator[Run]:
+def runs_of(names: list[str], targets: list[str], images: int, seconds: float, models: Path) -> Iterator[Run]:
     """The trainings, one after the other: those for a wall time need the speed of those before."""
-    for name in names:
-        yield Run(name, name, images)
-    for name in names:
+    for target in targets:
+        for name in names:
+            yield Run(name if target == "clean" else f"{name}.{target}", name, images, target)
+    for name in names if "clean" in targets else []:
         speed = max(epoch["images_per_s"] for epoch in logged(models / f"{name}.pt"))
         stages = 2 if PRESETS[name][0] == "student" else 1
         yield Run(f"{name}.time", name, round(seconds * speed / stages))
@@ -315,6 +319,13 @@ def main() -> None:
     )
     parser.add_argument("--size-of", choices=("cpu", "gpu"), default="cpu", help="presets (default: cpu)")
     parser.add_argument("--models", nargs="+", help="presets (default: all denoisers of that size)")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=("clean", "truth"),
+        default=["clean"],
+        help="what they learn: the scan, with its own noise, or the phantom without (default: clean)",
+    )
     parser.add_argument("--images", type=stage.positive_int, default=4000, help="(default: 4000)")
     parser.add_argument(
         "--seconds", type=stage.positive_float, default=120, help="of the same wall time (default: 120)"
@@ -336,13 +347,17 @@ def main() -> None:
     data = prepare(work, args.patients)
     count = len(load_pack(data, "train", SIZE))
     paths: dict[str, Path] = {}
-    for run in runs_of(names, args.images, args.seconds, models):
+    for run in runs_of(names, args.targets, args.images, args.seconds, models):
         paths[run.name] = train(run, data, models, count, args.device)
-    best = args.per_dose or min(names, key=lambda name: min(e["rmse_hu"] for e in logged(paths[name])))
-    own = {
-        dose: train(Run(f"{best}.dose{dose:g}", best, args.images, dose), data, models, count, args.device)
-        for dose in TRAINED
+    first = {
+        name: paths[name if args.targets[0] == "clean" else f"{name}.{args.targets[0]}"] for name in names
     }
+    best = args.per_dose or min(names, key=lambda name: min(e["rmse_hu"] for e in logged(first[name])))
+    own = {}
+    for dose in TRAINED:
+        end = f"dose{dose:g}" if args.targets[0] == "clean" else f"{args.targets[0]}.dose{dose:g}"
+        run = Run(f"{best}.{end}", best, args.images, args.targets[0], dose)
+        own[dose] = train(run, data, models, count, args.device)
     strengths = {
         name: kept(
             work / f"strength-{name}.json",
@@ -353,8 +368,8 @@ def main() -> None:
     }
     costs = []
     for name in names:
-        key = checkpoints.file_sha256(paths[name])
-        found = kept(work / f"cost-{name}.json", key, lambda name=name: alone(cost, paths[name], device))
+        key = checkpoints.file_sha256(first[name])
+        found = kept(work / f"cost-{name}.json", key, lambda name=name: alone(cost, first[name], device))
         costs.append({"name": name, "parameters_m": found["parameters"] / 1e6, **found})
 
     sets = {"phantoms": Test(load_pack(data, "test", SIZE), every=EVERY)}

@@ -156,3 +156,21 @@ def test_noisy_target_is_another_realisation_of_the_same_dose(batch_and_data):
     one, other = (low - full).flatten(), (target - full).flatten()
     assert one.std() == pytest.approx(other.std().item(), rel=0.1)
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
+
+
+def test_true_target_is_the_slice_without_noise_moved_like_its_low_dose(batch_and_data):
+    batch, data = batch_and_data("--target", "truth", "--doses", 40)
+    low, _, target, _ = data.views(batch, 1)
+    for place, row in enumerate(batch.rows):
+        wanted = torch.from_numpy(data.train.truth[row].astype(np.float32))
+        assert torch.equal(target[place, 0], wanted.flip(-1) if batch.moves[place] % 2 == 1 else wanted)
+    assert 1 < (low - target)[target > 0].std() < 6  # the noise of the scan is in the input alone
+
+
+def test_true_target_without_noise_free_slices_is_refused(batch_and_data, split_data):
+    for truth in split_data.glob("*/*/*/truth.npz"):
+        truth.unlink()
+    for path in split_data.glob("*/*/metadata.json"):
+        path.write_text(path.read_text().replace('"has_truth": true', '"has_truth": false'))
+    with pytest.raises(stage.InputError, match="--target truth: .* has no noise-free slices"):
+        batch_and_data("--target", "truth")

@@ -1,0 +1,195 @@
+"""The grid of a study, cell by cell on disk: what one network said of one set of images.
+
+A cell is a JSON file below results/cells/, named by a hash of all that decides its values: the packed data,
+the images (dose model, dose, noise seed, artifact, denoiser), the reader and the code's CELL_FORMAT. So a
+killed study goes on where it stopped, and one more arm costs its own cells alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import anatomy
+import checkpoints
+import detectability
+import lesions
+import metrics
+import stage
+from arms import is_classical
+from artifacts import ARTIFACTS, scan_seed
+from dataset import Pack, to_tensor
+from inference import Network, denoise, read, segment
+from low_dose import LowDose
+from runs import World
+
+CELL_FORMAT = 1  # one more whenever the same inputs give other values
+SLICES_AT_ONCE = 256  # artifacts and simulations, so that a progress bar moves
+
+
+class Condition(NamedTuple):
+    """How the images of a cell were made. artifact, severity: of a stress test, None without one."""
+
+    dose_model: str
+    dose: float
+    noise_seed: int
+    artifact: str | None = None
+    severity: float | None = None
+
+    @property
+    def title(self) -> str:
+        stress = "" if self.artifact is None else f", {self.artifact} {self.severity:.3g}"
+        return f"{self.dose_model} {self.dose:g}, noise seed {self.noise_seed}{stress}"
+
+
+class Cell(NamedTuple):
+    """kind: of READINGS. reader: the classifier or segmenter, else None. patients: how many of the test
+    patients it is about, None: all."""
+
+    condition: Condition
+    denoiser: Network | None
+    kind: str
+    reader: Network | None = None
+    patients: int | None = None
+
+
+class Cells:
+    """The cells of one pack. mask: of anatomy.MASKS, where image quality is measured."""
+
+    def __init__(self, folder: Path, pack: Pack, mask: str, seed: int):
+        self.folder, self.pack, self.mask, self.seed = Path(folder), pack, mask, seed
+        self.reference = pack.image if pack.truth is None else pack.truth
+
+    # ------------------------------------------------------------ what there is
+
+    def path(self, cell: Cell) -> Path:
+        condition = cell.condition
+        decides = [
+            *(CELL_FORMAT, self.pack.key, condition, _identity(cell.denoiser), _identity(cell.reader)),
+            *(cell.kind, cell.patients, self.seed),
+            *([self.mask] if cell.kind == "quality" else []),
+        ]
+        digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        return self.folder / cell.kind / f"{digest}.json"
+
+    def done(self, cell: Cell) -> bool:
+        return self.path(cell).exists()
+
+    def load(self, cell: Cell) -> dict[str, Any]:
+        """Raises InputError if it is missing or damaged."""
+        return stage.read_json(self.path(cell), "delete it and run run_experiments.py again")
+
+    def rows(self, patients: int | None) -> np.ndarray:
+        """Rows of the pack of so many test patients, drawn by the seed; None: all."""
+        ids = self.pack.patient_ids()
+        names = np.unique(ids)
+        if patients is None or patients >= len(names):
+            return np.arange(len(ids))
+        drawn = np.random.default_rng(self.seed).permutation(names)[:patients]
+        return np.flatnonzero(np.isin(ids, drawn))
+
+    @functools.cached_property
+    def inside(self) -> np.ndarray:
+        """(N, H, W) bool, where image quality is measured."""
+        return self.pack.masks(anatomy.MASKS[self.mask])
+
+    @functools.cached_property
+    def tissues(self) -> np.ndarray:
+        """(N, H, W) of anatomy.TISSUES."""
+        return self.pack.masks(anatomy.tissue_classes)
+
+    @functools.cached_property
+    def signals(self) -> detectability.Signals:
+        """Where signals are inserted that an observer has to find."""
+        return detectability.Signals.placed(self.pack, self.inside, seed=self.seed)
+
+    # ------------------------------------------------------------ what is to be done
+
+    def fill(self, cells: Sequence[Cell], place: World) -> None:
+        """Work out what is missing, images by images; of several processes each takes its share of them."""
+        missing = [cell for cell in cells if not self.done(cell)]
+        groups: dict[tuple, list[Cell]] = {}
+        for cell in missing:
+            groups.setdefault((cell.condition, cell.patients, _identity(cell.denoiser)), []).append(cell)
+        mine = [own for number, own in enumerate(groups.values()) if number % place.size == place.rank]
+        noisy: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        with stage.progress([], desc="cells", total=sum(map(len, mine)), unit="cell") as bar:
+            for own in mine:
+                condition, denoiser, patients = own[0].condition, own[0].denoiser, own[0].patients
+                bar.set_postfix_str(condition.title)
+                rows = self.rows(patients)
+                if (condition, patients) not in noisy:
+                    noisy = {(condition, patients): self.images(condition, rows)}  # the last ones only
+                images, levels = noisy[condition, patients]
+                if denoiser is not None:
+                    images = denoise(denoiser.network, images, levels, self.pack.series_of[rows])
+                for cell in own:
+                    found = READINGS[cell.kind](self, cell, rows, images, noisy[condition, patients])
+                    stage.write_json(self.path(cell), found)
+                    bar.update()
+
+    def images(self, condition: Condition, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Low dose of some rows, (N, H, W) float32 HU, and the noise SD that networks are told, (N,)."""
+        source = LowDose(self.pack, condition.dose_model, [condition.dose])
+        same = [condition.dose] * len(rows)
+        noisy = source.evaluation(rows, same, condition.noise_seed)
+        if condition.artifact is not None:
+            noisy += self._artifact(condition, rows)
+        return noisy, source.levels(rows, same)
+
+    def _artifact(self, condition: Condition, rows: np.ndarray) -> np.ndarray:
+        """What an artifact adds to the slices: a difference image, the same at every dose."""
+        change = np.empty((len(rows), self.pack.size, self.pack.size), np.float32)
+        spread = ARTIFACTS[condition.artifact]
+        for number in np.unique(self.pack.series_of[rows]):
+            places = np.flatnonzero(self.pack.series_of[rows] == number)
+            seed = scan_seed(condition.noise_seed, self.pack.series[number]["series_uid"])
+            own = rows[places]
+            hu = to_tensor(self.pack.image[own])
+            moved = spread(hu, condition.severity, [seed] * len(own), float(self.pack.pixel_mm[own[0]]))
+            change[places] = (moved - hu)[:, 0].numpy()
+        return change
+
+
+def _identity(network: Network | None) -> str | None:
+    """What tells a network from all others: the hash of its file, the name of a classical method."""
+    if network is None:
+        return None
+    return str(network.path) if is_classical(network) else _file_hash(network.path)
+
+
+@functools.cache
+def _file_hash(path: Path) -> str:
+    return checkpoints.file_sha256(path)
+
+
+# ---------------------------------------------------------------- what is read out of images
+
+Images = tuple[np.ndarray, np.ndarray]
+
+
+def _classified(cells: Cells, cell: Cell, rows: np.ndarray, images: np.ndarray, _: Images) -> dict:
+    """Probabilities of each slice and of each scan."""
+    found = read(cell.reader.network, images, cells.pack.series_of[rows])
+    return {"slices": found.slices.tolist(), "scans": found.scans.tolist()}
+
+
+def _outlined(cells: Cells, cell: Cell, rows: np.ndarray, images: np.ndarray, _: Images) -> dict:
+    """lesions.case_report of each scan."""
+    pack, series_of = cells.pack, cells.pack.series_of[rows]
+    threshold = cell.reader.facts["thresholds"]["lesion"]["value"]
+    masks = segment(cell.reader.network, images, series_of, threshold)
+    reports = []
+    for number in np.unique(series_of):
+        own = series_of == number
+        pixel_mm = float(pack.pixel_mm[rows[own][0]])
+        spacing_mm = (pack.series[number]["spacing_mm"][0], pixel_mm, pixel_mm)
+        reports.append(lesions.case_report(np.asarray(pack.mask[rows[own]]), masks[own], spacing_mm))
+    return {"reports": reports}
