@@ -106,9 +106,7 @@ def load_networks(
         [Network(Path(path), *load_segmenter(path, device)) for path in segmenters],
     )
     if not (found.denoisers or found.classifiers or found.segmenters):
-        raise stage.InputError(
-            f"{models}: no denoiser.pt and no classifier.pt (run train_denoiser.py first)"
-        )
+        raise stage.InputError(f"{models}: no denoiser.pt and no classifier.pt (run train_denoiser.py first)")
     return found
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 import anatomy
 import checkpoints
@@ -31,7 +29,7 @@ from low_dose import LowDose
 from runs import World
 
 CELL_FORMAT = 1  # one more whenever the same inputs give other values
-SLICES_AT_ONCE = 256  # artifacts and simulations, so that a progress bar moves
+OBSERVED_SLICES = 2  # of a scan, in which an observer looks for signals
 
 
 class Condition(NamedTuple):
@@ -58,6 +56,17 @@ class Cell(NamedTuple):
     kind: str
     reader: Network | None = None
     patients: int | None = None
+
+
+class Seen(NamedTuple):
+    """What is shown to a reader: some rows of the pack, (N,), as low dose and behind the denoiser.
+
+    images, noisy: (N, H, W) float32 HU, the same where there is no denoiser. levels: (N,) noise SD in HU."""
+
+    rows: np.ndarray
+    images: np.ndarray
+    noisy: np.ndarray
+    levels: np.ndarray
 
 
 class Cells:
@@ -105,10 +114,22 @@ class Cells:
         """(N, H, W) of anatomy.TISSUES."""
         return self.pack.masks(anatomy.tissue_classes)
 
-    @functools.cached_property
-    def signals(self) -> detectability.Signals:
-        """Where signals are inserted that an observer has to find."""
-        return detectability.Signals.placed(self.pack, self.inside, seed=self.seed)
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where an observer is to find signals in some rows: which of the rows (M,), and (M, 3) places.
+
+        OBSERVED_SLICES of each scan are observed, those with most brain."""
+        area = self.inside[rows].sum((1, 2))
+        series_of = self.pack.series_of[rows]
+        chosen = []
+        for number in np.unique(series_of):
+            own = np.flatnonzero(series_of == number)
+            chosen.extend(own[np.argsort(-area[own], kind="stable")[:OBSERVED_SLICES]])
+        chosen = np.sort(chosen)
+        some = rows[chosen]
+        lesions_there = None if self.pack.mask is None else np.asarray(self.pack.mask[some])
+        pixel_mm = float(self.pack.pixel_mm[some].mean())
+        found = detectability.signal_places(self.inside[some], self.tissues[some], lesions_there, pixel_mm)
+        return chosen, found
 
     # ------------------------------------------------------------ what is to be done
 
@@ -127,11 +148,12 @@ class Cells:
                 rows = self.rows(patients)
                 if (condition, patients) not in noisy:
                     noisy = {(condition, patients): self.images(condition, rows)}  # the last ones only
-                images, levels = noisy[condition, patients]
+                low, levels = noisy[condition, patients]
+                images = low
                 if denoiser is not None:
-                    images = denoise(denoiser.network, images, levels, self.pack.series_of[rows])
+                    images = denoise(denoiser.network, low, levels, self.pack.series_of[rows])
                 for cell in own:
-                    found = READINGS[cell.kind](self, cell, rows, images, noisy[condition, patients])
+                    found = READINGS[cell.kind](self, cell, Seen(rows, images, low, levels))
                     stage.write_json(self.path(cell), found)
                     bar.update()
 
@@ -172,20 +194,18 @@ def _file_hash(path: Path) -> str:
 
 # ---------------------------------------------------------------- what is read out of images
 
-Images = tuple[np.ndarray, np.ndarray]
 
-
-def _classified(cells: Cells, cell: Cell, rows: np.ndarray, images: np.ndarray, _: Images) -> dict:
+def _classified(cells: Cells, cell: Cell, seen: Seen) -> dict:
     """Probabilities of each slice and of each scan."""
-    found = read(cell.reader.network, images, cells.pack.series_of[rows])
+    found = read(cell.reader.network, seen.images, cells.pack.series_of[seen.rows])
     return {"slices": found.slices.tolist(), "scans": found.scans.tolist()}
 
 
-def _outlined(cells: Cells, cell: Cell, rows: np.ndarray, images: np.ndarray, _: Images) -> dict:
+def _outlined(cells: Cells, cell: Cell, seen: Seen) -> dict:
     """lesions.case_report of each scan."""
-    pack, series_of = cells.pack, cells.pack.series_of[rows]
+    pack, rows, series_of = cells.pack, seen.rows, cells.pack.series_of[seen.rows]
     threshold = cell.reader.facts["thresholds"]["lesion"]["value"]
-    masks = segment(cell.reader.network, images, series_of, threshold)
+    masks = segment(cell.reader.network, seen.images, series_of, threshold)
     reports = []
     for number in np.unique(series_of):
         own = series_of == number
@@ -193,3 +213,65 @@ def _outlined(cells: Cells, cell: Cell, rows: np.ndarray, images: np.ndarray, _:
         spacing_mm = (pack.series[number]["spacing_mm"][0], pixel_mm, pixel_mm)
         reports.append(lesions.case_report(np.asarray(pack.mask[rows[own]]), masks[own], spacing_mm))
     return {"reports": reports}
+
+
+def _measured(cells: Cells, _: Cell, seen: Seen) -> dict:
+    """Image quality: the means of metrics.image_quality, the figures of each patient, the noise spectrum."""
+    pack, rows, images = cells.pack, seen.rows, seen.images
+    patients = pack.patient_ids()[rows]
+    reference, inside = np.asarray(cells.reference[rows]), cells.inside[rows]
+    masks = None if pack.mask is None else np.asarray(pack.mask[rows])
+    tissues, pixel_mm = cells.tissues[rows], pack.pixel_mm[rows]
+    spectrum = detectability.noise_power_spectrum(images - reference, inside, float(pixel_mm.mean()))
+    return {
+        "means": metrics.image_quality(images, reference, inside, patients),
+        "patients": {
+            name: values.tolist()
+            for name, values in detectability.quality_of_patients(
+                images, reference, masks, inside, tissues, patients, pixel_mm
+            ).items()
+        },
+        "spectrum": {
+            "frequencies": spectrum.frequencies.tolist(),
+            "power": spectrum.power.tolist(),
+            "cells": spectrum.cells.tolist(),
+            "blocks": spectrum.blocks,
+        },
+    }
+
+
+def _observed(cells: Cells, cell: Cell, seen: Seen) -> dict:
+    """How well the channelised Hotelling observer finds each of detectability.SIGNALS.
+
+    A denoiser sees the signal in the noise, so slices with signals are denoised anew, each alone: a network
+    that sees neighbours is shown the slice itself in their place."""
+    chosen, places = cells.places(seen.rows)
+    some, noisy = seen.rows[chosen], seen.noisy[chosen]
+    pixel_mm = float(cells.pack.pixel_mm[some].mean())
+    channels = detectability.dog_channels(pixel_mm)
+    patients = cells.pack.patient_ids()[some][places[:, 0]]
+    truth = np.asarray(cells.reference[some])
+
+    def outputs(low: np.ndarray) -> np.ndarray:
+        if cell.denoiser is not None:
+            low = denoise(cell.denoiser.network, low, seen.levels[chosen], np.arange(len(chosen)))
+        return detectability.channel_outputs(low - truth, places, channels, pixel_mm)
+
+    absent = outputs(noisy)
+    return {
+        name: detectability.hotelling(
+            outputs(detectability.insert_signals(noisy, places, signal, pixel_mm)),
+            absent,
+            patients,
+            seed=cells.seed,
+        )._asdict()
+        for name, signal in detectability.SIGNALS.items()
+    }
+
+
+READINGS: dict[str, Callable[[Cells, Cell, Seen], dict[str, Any]]] = {
+    "classifier": _classified,
+    "segmenter": _outlined,
+    "quality": _measured,
+    "observer": _observed,
+}

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import anatomy
 import checkpoints
+import detectability
 import metrics
 import stage
 import training
@@ -56,25 +57,13 @@ def sha256(denoiser: Network) -> str | None:
 
 # ---------------------------------------------------------------- figures
 
-BIAS_TISSUES = ("brain", "csf", "bone")
+BIAS_TISSUES = ("brain", "csf", "bone")  # of detectability.tissue_errors
 FIGURES = (*("rmse_hu", "psnr", "ssim", "mse"), *(f"bias_{tissue}_hu" for tissue in BIAS_TISSUES))
 COLUMNS = (
     *("denoiser", "split", "dose_model", "dose", "dose_fraction", "sigma_hu", "noise_seed"),
     *("image", "n_patients", "n_slices", *FIGURES, "range_hu", "mask", "reference"),
 )
 PICTURES = 8  # scans of which the middle slice is shown
-
-
-def bias_hu(images: np.ndarray, reference: np.ndarray, classes: np.ndarray) -> dict[str, float]:
-    """Mean error in HU over all voxels of each of BIAS_TISSUES; NaN where there is none.
-
-    images, reference: (N, H, W) HU. classes: (N, H, W) of anatomy.TISSUES."""
-    found = {}
-    for tissue in BIAS_TISSUES:
-        own = classes == anatomy.TISSUES[tissue]
-        error = images[own].astype(np.float64) - reference[own]
-        found[f"bias_{tissue}_hu"] = float(error.mean()) if len(error) else math.nan
-    return found
 
 
 def score(
@@ -104,7 +93,7 @@ def score(
             output = denoise(denoiser.network, noisy, levels, pack.series_of[rows])
             for name, images in (("noisy", noisy), ("denoised", output)):
                 quality = metrics.image_quality(images, target, inside[rows], patients[rows])
-                own = quality | bias_hu(images, target, classes[rows])
+                own = quality | detectability.tissue_errors(images, target, classes[rows])
                 found.setdefault((dose, name), []).append(own)
             for place in (place for place, row in enumerate(rows) if row in middles):
                 row = rows[place]

@@ -38,7 +38,9 @@ LEGEND = {
     "2d": "low dose -> denoiser -> classifier trained on denoised slices",
     "2j": "low dose -> denoiser and classifier trained together",
 }
-PIXELS_AT_ONCE = 2**20  # 16 slices of 256 x 256: a few hundred MB of activations in the U-Net
+# GPU: 16 slices of 256 x 256, a few hundred MB of activations in the U-Net. CPU: activations that stay in its
+# caches; a NAFNet denoises three times as fast as with the GPU's
+PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**20}
 
 
 ROUTINE_NOISE_HU = 4.0  # of a scan in which none could be measured
@@ -53,10 +55,10 @@ class Network:
     facts: dict
 
 
-def _batches(volume: np.ndarray, tile: int | None = None) -> range:
+def _batches(volume: np.ndarray, device: torch.device, tile: int | None = None) -> range:
     rows, columns = volume.shape[1:]
     pixels = rows * columns if tile is None else min(tile, rows) * min(tile, columns)
-    return range(0, len(volume), max(1, PIXELS_AT_ONCE // pixels))
+    return range(0, len(volume), max(1, PIXELS_AT_ONCE[device.type] // pixels))
 
 
 @torch.inference_mode()
@@ -79,7 +81,7 @@ def denoise(
     around = neighbours(np.zeros(len(volume), int) if series_of is None else series_of, model.slices)
     out = np.empty(volume.shape, np.float32)
     apply = model if tile is None else functools.partial(tiled, model, tile=tile)
-    starts = _batches(volume, tile)
+    starts = _batches(volume, device, tile)
     for start in starts:
         some = slice(start, start + starts.step)
         batch = torch.from_numpy(volume[around[some]].astype(np.float32)).to(device)
@@ -112,7 +114,7 @@ def read(
     def hu(rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.asarray(volume[around[rows]], np.float32)).to(device)
 
-    every, starts = np.arange(len(volume)), _batches(volume)
+    every, starts = np.arange(len(volume)), _batches(volume, device)
     if not isinstance(model, SequenceModel):
         logits = torch.cat([model(hu(every[start : start + starts.step])) for start in starts])
         slices = probabilities(logits, model.classes)
@@ -170,7 +172,7 @@ def lesion_probabilities(
     volume: (S, H, W) HU. series_of: as for denoise."""
     device = next(model.parameters()).device
     around = neighbours(np.zeros(len(volume), int) if series_of is None else series_of, model.slices)
-    starts = _batches(volume)
+    starts = _batches(volume, device)
     for start in starts:
         some = slice(start, min(start + starts.step, len(volume)))
         logits = model(torch.from_numpy(np.asarray(volume[around[some]], np.float32)).to(device))

@@ -202,8 +202,9 @@ def delong_auc(targets: np.ndarray, scores: np.ndarray, level: float = LEVEL) ->
     """AUC of independent rows with DeLong's variance and an interval on the logit scale.
 
     targets: (N,), rows whose target is NaN count for nothing. scores: (N,), or (K, N) of several readers for
-    the mean of their AUCs, these readers being fixed. The logit (delta method) keeps the interval inside (0, 1) and its coverage near its level where the AUC is high; the symmetric one covers
-    87 % instead of 95 % at AUC 0.95 with 30 + 30 scans.
+    the mean of their AUCs, these readers being fixed. The logit (delta method) keeps the interval inside
+    (0, 1) and its coverage near its level where the AUC is high; the symmetric one covers 87 % instead of
+    95 % at AUC 0.95 with 30 + 30 scans.
 
     Separated classes have variance 0, which says nothing of the next patient. Then the min(positives,
     negatives) pairs that share no row are independent trials, each won with probability AUC, and the interval
@@ -320,16 +321,15 @@ def paired_proportions(
         variance = (root - slope) / 2 + trials * delta * (1 - delta)  # trials (2 P(lost) + delta (1 - delta))
         return (gained - lost - trials * delta) / math.sqrt(max(variance, ROUNDING))
 
-    low, high = -1 + ROUNDING, 1 - ROUNDING
-    return ProportionDifference(
-        brentq(lambda delta: score(delta) - z, low, difference)
-        if difference > low and score(low) > z
-        else -1.0,
-        brentq(lambda delta: score(delta) + z, difference, high)
-        if difference < high and score(high) < -z
-        else 1.0,
-        float(2 * norm.sf(abs(gained - lost) / math.sqrt(gained + lost))) if gained + lost else 1.0,
-    )
+    def end(side: int) -> float:
+        """Where the score is side * z, between the estimate and the outermost difference."""
+        outermost = -side * (1 - ROUNDING)
+        if side * score(outermost) <= z:
+            return float(-side)
+        return brentq(lambda delta: score(delta) - side * z, *sorted((outermost, difference)))
+
+    p = 2 * norm.sf(abs(gained - lost) / math.sqrt(gained + lost)) if gained + lost else 1.0
+    return ProportionDifference(end(1), end(-1), float(p))
 
 
 def mcnemar(lost: int, gained: int) -> float:

@@ -1,75 +1,92 @@
-"""Stage 6: measure every pipeline at every dose on the test patients.
+"""Stage 6: the study. How far can the dose be cut, and does denoising help?
 
-Reads:   <data>/test/, <models>/denoiser.pt, <models>/classifier*.pt
-Writes:  <out>/experiments.csv, experiments.json, classification.png, image_quality.png
+Reads:   <data>/test/ of every --data, <models>/denoiser*.pt, classifier*.pt, segmenter*.pt
+Writes:  <out>/report.html, experiments.csv, experiments.json, tables/*.csv and *.json, figures/*.png and
+         *.svg, cells/ (what every network said, from which a run that was stopped goes on)
 Example: python run_experiments.py
-         python run_experiments.py --dose-model poisson --doses 1 5 10
+         python run_experiments.py --dose-model projection --doses 1 0.5 0.25 0.1 0.05 --noise-seeds 1 2
+         python run_experiments.py --denoisers none saved_models/denoiser.pt bm3d nlm --stress motion rings
+         python run_experiments.py --plan
+         torchrun --nproc_per_node=4 run_experiments.py
 
-Pipeline 1 classifies the low-dose slice, pipeline 2 denoises it first; both use the classifier trained on
-clean slices. A classifier trained on noisy slices makes pipeline 1n, one trained on denoised slices 2d. All
-pipelines see the same patients with the same noise. What is missing is left out, and said so."""
+All arms see the same patients with the same noise. An arm is a classifier behind a denoiser or on the low
+dose itself: pipeline 1 classifies the low-dose slice, pipeline 2 denoises it first; both use the classifier
+trained on clean slices. A classifier trained on noisy slices makes pipeline 1n, one trained on denoised
+slices 2d, a joint one 2j. Networks whose names differ by .seed<n> alone are one arm of several seeds. What is
+missing is left out, and said so. Every --data but the first is another test set, on which classifiers are
+tried at the highest dose."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
-import numpy as np
+import torch.distributed as dist
 
 import anatomy
 import checkpoints
+import comparisons
 import metrics
+import report
+import runs
 import stage
+import tables
 import training
-from dataset import TASKS, Pack, load_pack, task_targets
+from arms import Networks, agree, load_networks, plan_arms, plan_outlines
+from artifacts import ARTIFACTS, SEVERITIES, check_severity
+from cells import Cells
+from dataset import load_pack
 from dose import DOSE_MODELS
-from inference import (
-    LEGEND,
-    PIPELINES,
-    Network,
-    check_patients,
-    denoise,
-    fits_denoiser,
-    load_classifier,
-    load_denoiser,
-    read,
-)
-from low_dose import LowDose, check_doses
+from inference import LEGEND, check_patients
+from low_dose import check_doses
+from models import CLASSICAL
+from scoring import write_table
+from study import Design, Study
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
-
-DOSE_COLUMNS = ("dose_model", "dose", "dose_fraction", "sigma_hu")
-ARM_COLUMNS = ("arm", "denoiser", "classifier", "task", "level", "train_seed", "noise_seed")
-COUNT_COLUMNS = ("n_patients", "n_slices")
-IMAGE_COLUMNS = tuple(name + end for name in ("rmse_hu", "psnr", "ssim", "mse") for end in ("", "_noisy"))
-COLUMNS = (
-    *DOSE_COLUMNS,
-    *ARM_COLUMNS,
-    *COUNT_COLUMNS,
-    *metrics.CLASSIFICATION_METRICS,
-    "threshold",
-    *IMAGE_COLUMNS,
-    "range_hu",
-    "mask",
-)
+CLASSICAL_PATIENTS = 20  # BM3D takes seconds for a slice of 512 x 512: 20 patients of 30 slices half an hour
+PREVALENCE = 0.1  # of a finding among the head CTs of an emergency department
 
 
 def get_parser() -> stage.StageParser:
     parser = stage.StageParser(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("dataset"), help="prepared data (default: dataset)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[Path("dataset")],
+        help="prepared data, then other test sets (default: dataset)",
+    )
     parser.add_argument(
         "--models", type=Path, default=Path("saved_models"), help="checkpoints (default: saved_models)"
     )
-    parser.add_argument("--denoiser", type=Path, help="checkpoint (default: denoiser.pt in --models)")
+    parser.add_argument(
+        "--denoisers",
+        nargs="+",
+        help=f"checkpoints, {', '.join(CLASSICAL)}, or none: the low dose as it is (default: none and all "
+        "denoiser*.pt in --models)",
+    )
     parser.add_argument(
         "--classifiers", type=Path, nargs="+", help="checkpoints (default: all classifier*.pt in --models)"
     )
+    parser.add_argument(
+        "--segmenters", type=Path, nargs="+", help="checkpoints (default: all segmenter*.pt in --models)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="(default: results)")
-    training.add_dose_options(parser, "as trained")
+    parser.add_argument(
+        "--dose-model",
+        choices=sorted(DOSE_MODELS),
+        nargs="+",
+        help="how low dose is simulated; several make several ladders (default: as trained)",
+    )
+    parser.add_argument(
+        "--doses",
+        type=stage.positive_float,
+        nargs="+",
+        help="in the dose model's unit; the highest is the reference (default: all of the model)",
+    )
+    parser.add_argument(
+        "--noise-seeds", type=stage.natural_int, nargs="+", help="noise realisations (default: --seed)"
+    )
     parser.add_argument(
         "--seed", type=stage.natural_int, default=42, help="of noise and bootstrap (default: 42)"
     )
@@ -79,163 +96,124 @@ def get_parser() -> stage.StageParser:
         default=anatomy.DEFAULT_MASK,
         help=f"where image quality is measured (default: {anatomy.DEFAULT_MASK})",
     )
+    parser.add_argument(
+        "--margin-auc",
+        type=stage.fraction,
+        default=comparisons.MARGINS["auc"],
+        help="AUC that may be lost to be called not inferior (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--margin-sens",
+        type=stage.fraction,
+        default=comparisons.MARGINS["sens"],
+        help="the same of the sensitivity (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prevalence",
+        type=stage.fraction,
+        default=PREVALENCE,
+        help="of the finding where it is to be used, for predictive values (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--classical-patients",
+        type=stage.positive_int,
+        default=CLASSICAL_PATIENTS,
+        help="test patients on whom classical denoisers are tried (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stress", nargs="+", choices=sorted(ARTIFACTS), default=[], help="artifacts (default: none)"
+    )
+    parser.add_argument(
+        "--severities",
+        type=float,
+        nargs="+",
+        help="of --stress, in (0, 1] (default: twelve, evenly)",
+    )
+    parser.add_argument("--plan", action="store_true", help="say what is done and what is left, and stop")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
 
-class Arm(NamedTuple):
-    """A pipeline: its name in LEGEND, the classifier, and the denoiser before it or None."""
+def make_design(args, networks: Networks) -> Design:
+    """What is compared, checked before anything slow starts. Raises InputError or ValueError."""
+    if args.severities is not None and not args.stress:
+        raise stage.InputError("--severities: says how strong --stress is (give --stress, or leave it out)")
+    severities = sorted(args.severities or SEVERITIES)
+    for severity in severities:
+        check_severity(severity)
+    if not 0 < args.prevalence < 1:
+        raise stage.InputError(f"--prevalence {args.prevalence:g}: must be in (0, 1)")
+    trained = [network.facts["dose_model"] for network in networks.trained]
+    models = args.dose_model or [next(filter(None, trained), training.DOSE_MODEL)]
+    return Design(
+        ladders={
+            model: sorted(set(check_doses(model, args.doses)), reverse=True)
+            for model in dict.fromkeys(models)
+        },
+        noise_seeds=list(dict.fromkeys(args.noise_seeds or [args.seed])),
+        seed=args.seed,
+        mask=args.mask,
+        margins=comparisons.MARGINS | {"auc": args.margin_auc, "sens": args.margin_sens},
+        prevalence=args.prevalence,
+        classical_patients=args.classical_patients,
+        stress={artifact: severities for artifact in dict.fromkeys(args.stress)},
+    )
 
-    name: str
-    classifier: Network
-    denoiser: Network | None
 
+def load_sets(args, networks: Networks, design: Design) -> tuple[dict[str, Study], list[str]]:
+    """(the study of each --data by its path, what is left out and why).
 
-def load_models(args, device) -> tuple[Network | None, list[Network]]:
-    """The denoiser, or None, and the classifiers. One that was named must be there, a default one not."""
-    path = args.denoiser or args.models / "denoiser.pt"
-    denoiser = None
-    if args.denoiser or path.exists():
-        denoiser = Network(path, *load_denoiser(path, device))
-    paths = args.classifiers or checkpoints.finished(args.models, "classifier")
-    classifiers = [Network(path, *load_classifier(path, device)) for path in paths]
-    if denoiser is None and not classifiers:
-        raise stage.InputError(
-            f"{args.models}: no denoiser.pt and no classifier.pt (run train_denoiser.py first)"
+    Raises InputError if networks do not fit each other, or were trained on test patients."""
+    arms, left_out = plan_arms(networks)
+    if not networks.denoisers and not arms and not networks.segmenters:
+        raise stage.InputError(f"{args.models}: nothing to run; {left_out[0]}")
+    size = agree(networks.trained, "size")
+    outlines = plan_outlines(networks)
+    sets = {}
+    for data in dict.fromkeys(args.data):
+        pack = load_pack(data, "test", size)
+        check_patients(pack.patient_ids().tolist(), networks.trained)
+        sets[str(data)] = Study(
+            data, Cells(args.out / "cells", pack, args.mask, args.seed), design, networks, arms, outlines
         )
-    return denoiser, classifiers
+    if outlines and next(iter(sets.values())).pack.mask is None:
+        left_out.append("segmenters: not every test series has a lesion mask (prepare data with masks)")
+    return sets, left_out
 
 
-def plan_arms(denoiser: Network | None, classifiers: list[Network]) -> tuple[list[Arm], list[str]]:
-    """(what can be run, in the order of LEGEND; what is left out and why)."""
-    arms, left_out = [], []
-    for classifier in classifiers:
-        direct, through = PIPELINES[classifier.facts["input"]]
-        what = f"pipeline {through} of {classifier.path.name}"
-        if direct:
-            arms.append(Arm(direct, classifier, None))
-        if through and denoiser is None:
-            left_out.append(f"{what}: no denoiser (run train_denoiser.py)")
-        elif through and not fits_denoiser(classifier.facts, denoiser.path):
-            left_out.append(
-                f"{what}: trained on the output of another denoiser than {denoiser.path} "
-                "(run train_classifier.py --input denoised again)"
-            )
-        elif through:
-            arms.append(Arm(through, classifier, denoiser))
-    for kind, names in PIPELINES.items():
-        if not any(classifier.facts["input"] == kind for classifier in classifiers):
-            missing = " and ".join(name for name in names if name)
-            left_out.append(
-                f"pipeline {missing}: no classifier trained on {kind} slices "
-                f"(run train_classifier.py --input {kind})"
-            )
-    arms.sort(key=lambda arm: list(LEGEND).index(arm.name))
-    return arms, left_out
-
-
-def agree(networks: list[Network], key: str):
-    """The value of key that all checkpoints share. Raises InputError naming two that differ."""
-    first = networks[0]
-    for other in networks[1:]:
-        if other.facts[key] != first.facts[key]:
-            raise stage.InputError(
-                f"{other.path}: {key} {other.facts[key]}, but {first.path} has {first.facts[key]} "
-                "(name those that belong together with --denoiser and --classifiers)"
-            )
-    return first.facts[key]
-
-
-def classification_rows(pack: Pack, classifier: Network, images: np.ndarray, seed: int) -> list[dict]:
-    """Metrics of a classifier on images (N, H, W) HU: one dict for slices, one for scans."""
-    facts = classifier.facts
-    task, absent = TASKS[facts["task"]], facts["assume_absent"]
-    targets = task.positive(task_targets(facts["task"], pack.labels, absent))
-    scan_labels = [metadata["labels"] for metadata in pack.series]
-    scan_targets = task.positive(task_targets(facts["task"], scan_labels, absent))
-    scores, scan_scores = map(task.positive, read(classifier.network, images, pack.series_of))
-    patients = pack.patient_ids()
-    first = np.unique(pack.series_of, return_index=True)[1]
-    levels = {
-        "slice": (targets, scores, patients),
-        "scan": (scan_targets, scan_scores, patients[first]),
-    }
-    rows = []
-    for level, values in levels.items():
-        threshold = facts["thresholds"][level]["value"]
-        threshold = np.nan if threshold is None else threshold
-        found = metrics.classification(*values, threshold=threshold, seed=seed)
-        scored = pack.series_of[~np.isnan(targets)]
-        counts = {"n_patients": len(np.unique(patients[first][scored])), "n_slices": len(scored)}
-        rows.append({"level": level, "threshold": threshold, **counts, **found})
-    return rows
-
-
-def measure(
-    pack: Pack,
-    denoiser: Network | None,
-    arms: list[Arm],
-    dose_model: str,
-    doses: list[float],
-    *,
-    mask: str,
-    seed: int,
-) -> list[dict]:
-    """One row per dose, arm and level, in COLUMNS; without arms one row per dose for the denoiser alone."""
-    reference = pack.image if pack.truth is None else pack.truth
-    inside = pack.masks(anatomy.MASKS[mask])
-    patients = pack.patient_ids()
-    low, high = metrics.RANGE_HU
-    source = LowDose(pack, dose_model, doses)
-    rows = []
-    for dose in stage.progress(sorted(doses), desc="doses", unit="dose"):
-        images, quality = {}, {}
-        all_rows, same = np.arange(len(pack)), [dose] * len(pack)
-        noisy, levels = source.evaluation(all_rows, same, seed), source.levels(all_rows, same)
-        for used in (None, denoiser):
-            images[used] = noisy
-            if used is not None:
-                images[used] = denoise(used.network, noisy, levels, pack.series_of)
-            quality[used] = metrics.image_quality(images[used], reference, inside, patients)
-        common = {
-            "dose_model": dose_model,
-            "dose": dose,
-            "dose_fraction": DOSE_MODELS[dose_model].fraction(dose),
-            "sigma_hu": DOSE_MODELS[dose_model].sigma_hu(dose),
-            "noise_seed": seed,
-            "n_patients": len(np.unique(patients)),
-            "n_slices": len(pack),
-            "range_hu": f"{low:g}..{high:g}",
-            "mask": mask,
-            **{f"{name}_noisy": value for name, value in quality[None].items()},
-        }
-        if not arms:
-            rows.append(common | {"arm": "denoised", "denoiser": denoiser.path.name} | quality[denoiser])
-        for arm in arms:
-            about = {
-                "arm": arm.name,
-                "denoiser": arm.denoiser and arm.denoiser.path.name,
-                "classifier": arm.classifier.path.name,
-                "task": arm.classifier.facts["task"],
-                "train_seed": arm.classifier.facts["seed"],
-            }
-            for found in classification_rows(pack, arm.classifier, images[arm.denoiser], seed):
-                rows.append(common | about | quality[arm.denoiser] | found)
-    return [{column: row.get(column) for column in COLUMNS} for row in rows]
+def say_plan(sets: dict[str, Study]) -> None:
+    """What is done and what is left of the grid, by images."""
+    for name, study in sets.items():
+        grid = study.grid() if study is next(iter(sets.values())) else study.external_grid()
+        groups: dict[tuple, list[bool]] = {}
+        for cell in grid:
+            before = "low dose" if cell.denoiser is None else cell.denoiser.path.name
+            groups.setdefault((cell.condition.title, before), []).append(study.cells.done(cell))
+        done = sum(map(sum, groups.values()))
+        stage.say(f"{name}: {done} of {len(grid)} cells done, {len(grid) - done} left")
+        for (title, before), cells in groups.items():
+            stage.say(f"  {title:<40} {before:<28} {sum(cells)} of {len(cells)}")
 
 
 def label_arms(rows: list[dict]) -> list[str]:
     """A label for each row that tells its arm apart, with the classifier where several share the pipeline."""
-    pairs = {(row["arm"], row["classifier"]) for row in rows}
-    shared = {arm for arm, _ in pairs if sum(other == arm for other, _ in pairs) > 1}
-    return [f"{row['arm']} {row['classifier']}" if row["arm"] in shared else row["arm"] for row in rows]
+    labels = []
+    for row in rows:
+        alike = [other for other in rows if other["arm"] == row["arm"]]
+        parts = [row["arm"]]
+        for key in ("classifier", "denoiser"):
+            if len({other[key] for other in alike}) > 1:
+                parts.append(str(row[key]))
+        labels.append(" ".join(parts))
+    return labels
 
 
 def print_table(rows: list[dict]) -> None:
     """The result table, per dose: each pipeline per slice, then what denoising does to the image."""
     shown = metrics.shown
-    for dose in sorted({row["dose"] for row in rows}):
-        own = [row for row in rows if row["dose"] == dose]
+    for model, dose in dict.fromkeys((row["dose_model"], row["dose"]) for row in reversed(rows)):
+        own = [row for row in rows if (row["dose_model"], row["dose"]) == (model, dose)]
+        own = [row for row in own if row["noise_seed"] == own[0]["noise_seed"]]
         for row, label in zip(own, label_arms(own), strict=True):
             if row["level"] == "slice":
                 stage.say(
@@ -244,130 +222,86 @@ def print_table(rows: list[dict]) -> None:
                     f"Sensitivity: {shown(row['sens'])} | Specificity: {shown(row['spec'])} | "
                     f"F1: {shown(row['f1'])} | ECE: {shown(row['ece'])}"
                 )
-        row = next((row for row in own if row["denoiser"]), None)
-        if row is None:
-            row = own[0]
-            stage.say(
-                f"  Low dose -> MSE: {row['mse_noisy']:.1f} HU2 | PSNR: {row['psnr_noisy']:.2f} dB | "
-                f"SSIM: {row['ssim_noisy']:.3f} | RMSE: {row['rmse_hu_noisy']:.2f} HU"
-            )
-        else:
-            stage.say(
-                f"  Denoising -> MSE: {row['mse']:.1f} (noisy {row['mse_noisy']:.1f}) HU2 | "
-                f"PSNR: {row['psnr']:.2f} (noisy {row['psnr_noisy']:.2f}) dB | "
-                f"SSIM: {row['ssim']:.3f} (noisy {row['ssim_noisy']:.3f}) | "
-                f"RMSE: {row['rmse_hu']:.2f} HU (noisy {row['rmse_hu_noisy']:.2f})"
-            )
+        for row in {row["denoiser"]: row for row in own if row["denoiser"]}.values() or own[:1]:
+            told = f"MSE: {row['mse_noisy']:.1f} HU2 | PSNR: {row['psnr_noisy']:.2f} dB | "
+            told += f"SSIM: {row['ssim_noisy']:.3f} | RMSE: {row['rmse_hu_noisy']:.2f} HU"
+            if row["denoiser"]:
+                told = (
+                    f"MSE: {row['mse']:.1f} (noisy {row['mse_noisy']:.1f}) HU2 | "
+                    f"PSNR: {row['psnr']:.2f} (noisy {row['psnr_noisy']:.2f}) dB | "
+                    f"SSIM: {row['ssim']:.3f} (noisy {row['ssim_noisy']:.3f}) | "
+                    f"RMSE: {row['rmse_hu']:.2f} HU (noisy {row['rmse_hu_noisy']:.2f})"
+                )
+            stage.say(f"  {'Denoising by ' + row['denoiser'] if row['denoiser'] else 'Low dose'} -> {told}")
 
 
-def write_tables(out: Path, rows: list[dict], manifest: dict) -> None:
-    """experiments.csv and experiments.json; empty cells and null where a number does not exist."""
-    plain = stage.plain(rows)
-    with stage.atomic_write(out / "experiments.csv") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(plain)
-    stage.write_json(out / "experiments.json", {"manifest": manifest, "rows": plain})
-
-
-def plot(path: Path, rows: list[dict], panels: dict[str, str], unit: str) -> None:
-    """One panel per column against dose, one line per arm, AUC with its interval. panels: column -> label."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    labels = label_arms(rows)
-    legend = dict(zip(labels, (LEGEND.get(row["arm"], "") for row in rows), strict=True))
-    for axis, (column, title) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for label, meaning in legend.items():
-            own = [
-                row for row, its in zip(rows, labels, strict=True) if its == label and row[column] is not None
-            ]
-            doses, values = [row["dose"] for row in own], [row[column] for row in own]
-            (line,) = axis.plot(doses, values, "o-", label=f"{label}: {meaning}" if meaning else label)
-            if column == "auc":
-                low, high = ([row[key] for row in own] for key in ("auc_low", "auc_high"))
-                axis.fill_between(doses, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        axis.set(xscale="log", xlabel=f"dose ({unit})", ylabel=title)
-        ticks = sorted({row["dose"] for row in rows})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(2, len(labels)), frameon=False, fontsize=8
+def say_results(study: Study, rows: list[dict], found: dict[str, list[dict]], left_out: list[str]) -> None:
+    """What a reader wants first: the table, the verdicts, the answer."""
+    kind = "the image" if study.pack.truth is None else "the noise-free truth"
+    patients, names = len(set(study.patients["slice"].tolist())), ", ".join(study.design.ladders)
+    stage.say(
+        f"{patients} test patients, {len(study.pack)} slices, dose model {names}. "
+        f"Image quality inside the {study.design.mask} against {kind}, PSNR and SSIM over "
+        f"{rows[0]['range_hu']} HU. AUC with 95 % intervals from a bootstrap over patients."
     )
-    with stage.atomic_write(path, "wb") as file:
-        figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
-
-
-def write_figures(out: Path, rows: list[dict], unit: str) -> list[Path]:
-    """Metric against dose as PNG, one line per pipeline. Returns the files."""
-    rows = stage.plain(rows)
-    written = []
-    slices = [row for row in rows if row["level"] == "slice"]
-    if slices:
-        panels = {"auc": "AUC per slice", "sens": "sensitivity", "spec": "specificity", "ece": "ECE"}
-        written.append(out / "classification.png")
-        plot(written[-1], slices, panels, unit)
-    written.append(out / "image_quality.png")
-    panels = {
-        "rmse_hu": f"RMSE inside the {rows[0]['mask']} (HU)",
-        "psnr": f"PSNR, {rows[0]['range_hu']} HU (dB)",
-        "ssim": f"SSIM, {rows[0]['range_hu']} HU",
-    }
-    # arms that share a denoiser share their images: one line for the noisy input, one for each denoiser
-    seen, plain = {}, {"classifier": None}
-    for row in rows:
-        seen.setdefault(
-            (row["dose"], row["denoiser"]), row | plain | {"arm": row["denoiser"] or "noisy input"}
-        )
-    for row in list(seen.values()):
-        noisy = {name: row[f"{name}_noisy"] for name in metrics.IMAGE_METRICS}
-        seen.setdefault((row["dose"], None), row | noisy | {"arm": "noisy input"})
-    plot(written[-1], sorted(seen.values(), key=lambda row: row["dose"]), panels, unit)
-    return written
+    print_table(rows)
+    for name in LEGEND:
+        if any(arm.name == name for arm in study.arms):
+            stage.say(f"Pipeline {name:<2} = {LEGEND[name]}")
+    for reason in left_out:
+        stage.say(f"Left out: {reason}")
+    for line in report.answer(study, found):
+        stage.say(line)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = training.pick_device(args.device)
-    denoiser, classifiers = load_models(args, device)
-    networks = [*([denoiser] if denoiser else []), *classifiers]
-    if classifiers:
-        agree(classifiers, "task")
-    arms, left_out = plan_arms(denoiser, classifiers)
-    if denoiser is None and not arms:
-        raise stage.InputError(f"{args.models}: nothing to run; {left_out[0]}")
-    trained = [network.facts["dose_model"] for network in networks]
-    dose_model = args.dose_model or next(filter(None, trained), training.DOSE_MODEL)
-    doses = check_doses(dose_model, args.doses)
-    pack = load_pack(args.data, "test", agree(networks, "size"))
-    check_patients(pack.patient_ids().tolist(), networks)
-    with stage.lock(args.out / ".lock"):
-        rows = measure(pack, denoiser, arms, dose_model, doses, mask=args.mask, seed=args.seed)
+    networks = load_networks(args.models, device, args.denoisers, args.classifiers, args.segmenters)
+    design = make_design(args, networks)
+    sets, left_out = load_sets(args, networks, design)
+    if args.plan:
+        say_plan(sets)
+        return
+    place = runs.world(device)
+    with stage.lock(args.out / (".lock" if place.rank == 0 else f".lock{place.rank}")):
+        study, *others = sets.values()
+        study.cells.fill(study.grid(), place)
+        for other in others:
+            other.cells.fill(other.external_grid(), place)
+        if place.size > 1:
+            dist.barrier()
+            if place.rank:
+                return
+        found = tables.all_tables(study)
+        if others:
+            found["external"] = tables.external(sets)
         manifest = {
-            "data": str(args.data),
-            "split_hash": pack.split_hash,
+            "data": str(args.data[0]),
+            "other_data": [str(data) for data in args.data[1:]],
+            "split_hash": study.pack.split_hash,
+            "n_patients": len(set(study.patients["slice"].tolist())),
+            "n_scans": len(study.pack.series),
+            "n_slices": len(study.pack),
             "seed": args.seed,
-            "checkpoints": {network.path.name: checkpoints.file_sha256(network.path) for network in networks},
+            "design": design.facts(),
+            "checkpoints": {
+                network.path.name: checkpoints.file_sha256(network.path) for network in networks.trained
+            },
             "versions": checkpoints.versions(),
-            "command": " ".join(["run_experiments.py", *(sys.argv[1:] if argv is None else argv)]),
+            "command": " ".join(["run_experiments.py", *(sys.argv[1:] if argv is None else map(str, argv))]),
             "left_out": left_out,
         }
-        write_tables(args.out, rows, manifest)
-        files = write_figures(args.out, rows, DOSE_MODELS[dose_model].unit)
-    reference = "the image" if pack.truth is None else "the noise-free truth"
-    stage.say(
-        f"{len(np.unique(pack.patient_ids()))} test patients, {len(pack)} slices, dose model {dose_model}. "
-        f"Image quality inside the {args.mask} against {reference}, PSNR and SSIM over "
-        f"{rows[0]['range_hu']} HU. AUC with 95 % intervals from a bootstrap over patients."
-    )
-    print_table(rows)
-    for name in LEGEND:
-        if any(arm.name == name for arm in arms):
-            stage.say(f"Pipeline {name:<2} = {LEGEND[name]}")
-    for reason in left_out:
-        stage.say(f"Left out: {reason}")
-    for path in [args.out / "experiments.csv", args.out / "experiments.json", *files]:
+        rows = found.pop("experiments")
+        write_table(args.out / "experiments.csv", tables.COLUMNS, rows)
+        stage.write_json(args.out / "experiments.json", {"manifest": manifest, "rows": rows})
+        for name, own in found.items():
+            if own:
+                write_table(args.out / "tables" / f"{name}.csv", list(own[0]), own)
+                stage.write_json(args.out / "tables" / f"{name}.json", own)
+        files = report.write(args.out, study, manifest, {"experiments": rows, **found})
+    say_results(study, rows, found, left_out)
+    for path in [args.out / "experiments.csv", args.out / "experiments.json", args.out / "tables", *files]:
         stage.say(f"Wrote {path}")
 
 

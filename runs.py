@@ -44,8 +44,16 @@ def world(device: torch.device) -> World:
             torch.cuda.set_device(device)
         # the others wait while the first process validates, which may take long
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """Part from the other processes all at once: gloo's threads abort in one that ends while others talk."""
+    if dist.get_backend() == "gloo":
+        with contextlib.suppress(RuntimeError):  # of one that is gone already nobody waits for long
+            dist.monitored_barrier(timeout=timedelta(seconds=10))
+    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- files

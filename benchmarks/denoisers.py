@@ -37,6 +37,7 @@ import metrics
 import stage
 import training
 from dataset import Pack, load_pack
+from detectability import noise_power_spectrum, spectrum_distance
 from inference import denoise, load_denoiser
 from low_dose import LowDose
 from models import CLASSICAL, PRESETS, build_model
@@ -203,33 +204,10 @@ def quality(test: Test, apply: Apply, dose: float) -> dict[str, float]:
         found[f"bias_{name}"] = float(error[place].mean(dtype=np.float64)) if place.any() else math.nan
     noise, before, brain = (output[twice] - again) / math.sqrt(2), test.noise[dose], test.brain[twice]
     found["noise_ratio"] = float(noise[brain].std() / before[brain].std())
-    found["spectrum"] = spectrum_distance(noise, before, brain)
+    pixel_mm = float(test.pack.pixel_mm.mean())
+    spectra = (noise_power_spectrum(one, brain, pixel_mm, BLOCK) for one in (noise, before))
+    found["spectrum"] = spectrum_distance(*spectra)
     return found
-
-
-def power_spectrum(noise: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Noise power by radial frequency, of sum 1: mean over the blocks that lie wholly inside the mask.
-
-    noise, inside: (S, H, W). Returns (BLOCK / 2,) from the lowest frequency above 0 to Nyquist's."""
-
-    def blocks(images: np.ndarray) -> np.ndarray:
-        count, rows, columns = images.shape
-        cut = images[:, : rows - rows % BLOCK, : columns - columns % BLOCK]
-        cut = cut.reshape(count, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-        return cut.transpose(0, 1, 3, 2, 4).reshape(-1, BLOCK, BLOCK)
-
-    chosen = blocks(noise)[blocks(inside).all((1, 2))]
-    chosen = chosen - chosen.mean((1, 2), keepdims=True)
-    power = np.square(np.abs(np.fft.fft2(chosen))).mean(0)
-    frequency = np.fft.fftfreq(BLOCK) * BLOCK
-    radius = np.hypot(frequency[:, None], frequency).round().astype(int).ravel()
-    radial = np.bincount(radius, power.ravel())[1 : BLOCK // 2 + 1]
-    return radial / radial.sum()
-
-
-def spectrum_distance(noise: np.ndarray, other: np.ndarray, inside: np.ndarray) -> float:
-    """Share of noise power that lies at another radial frequency: 0 for the same texture, 1 for none."""
-    return float(np.abs(power_spectrum(noise, inside) - power_spectrum(other, inside)).sum() / 2)
 
 
 # ---------------------------------------------------------------- denoisers as functions

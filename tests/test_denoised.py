@@ -63,15 +63,6 @@ def save(path, data, seed=0, trained_on=None):
 # ---------------------------------------------------------------- figures
 
 
-def test_bias_is_the_mean_error_of_each_tissue():
-    classes = np.array([[[anatomy.TISSUES["brain"], anatomy.TISSUES["brain"], anatomy.TISSUES["csf"]]]])
-    reference = np.array([[[30, 40, 8]]], np.int16)
-    found = denoised.bias_hu(np.array([[[31.0, 43.0, 7.5]]], np.float32), reference, classes)
-    assert found["bias_brain_hu"] == 2
-    assert found["bias_csf_hu"] == -0.5
-    assert np.isnan(found["bias_bone_hu"])
-
-
 def test_evaluation_gives_the_metrics_of_the_study_and_the_bias(split_data, checkpoint, tmp_path, capsys):
     run("--evaluate", checkpoint, "--data", split_data, "--results", tmp_path / "results", "--seed", 7)
     folder = tmp_path / "results" / "denoiser" / "tiny"

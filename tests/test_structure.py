@@ -21,7 +21,7 @@ STAGES = (
 )
 ORDER = (  # each imports only from its left
     *("stage", "tomography", "dose", "anatomy", "artifacts"),
-    *("calibration", "intervals", "metrics", "lesions", "phantom"),
+    *("calibration", "intervals", "metrics", "comparisons", "detectability", "lesions", "phantom"),
     *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_output", "dicom_sets"),
     *("nifti_series", "array_sets", "picture_sets", "scans"),
     *("dataset", "low_dose", "weights", "unet", "denoisers", "classical", "tiling"),

@@ -1,0 +1,467 @@
+"""The tables of a study: each a function from a study.Study to a list of flat dicts.
+
+Numbers of a family are means over its networks, and their intervals of 95 % are of the patients; the SD over
+networks stands beside them. TABLES holds every table by the name of its file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+import comparisons
+import detectability
+import intervals
+import lesions
+import metrics
+import stage
+from arms import Arm, Family
+from calibration import brier, expected_calibration_error
+from cells import Cell
+from study import LEVELS, PRIMARY_LEVEL, Shown, Study, dose_facts, threshold
+
+DOSE_COLUMNS = ("dose_model", "dose", "dose_fraction", "sigma_hu")
+ARM_COLUMNS = ("arm", "denoiser", "classifier", "task", "level", "train_seed", "noise_seed")
+COUNT_COLUMNS = ("n_patients", "n_slices")
+IMAGE_COLUMNS = tuple(name + end for name in metrics.IMAGE_METRICS for end in ("", "_noisy"))
+COLUMNS = (  # of experiments.csv, a row for each network, dose, noise and level
+    *DOSE_COLUMNS,
+    *ARM_COLUMNS,
+    *COUNT_COLUMNS,
+    *metrics.CLASSIFICATION_METRICS,
+    "threshold",
+    *IMAGE_COLUMNS,
+    "range_hu",
+    "mask",
+)
+
+
+# ---------------------------------------------------------------- network by network
+
+
+def network_rows(study: Study) -> list[dict]:
+    """experiments.csv: each network at each dose, noise and level; without classifiers each denoiser."""
+    low, high = metrics.RANGE_HU
+    common = {"range_hu": f"{low:g}..{high:g}", "mask": study.design.mask}
+    rows = []
+    for condition in study.design.conditions():
+        images = {}
+        for denoiser in study.images():
+            few = study.subset(denoiser)
+            images[denoiser] = {
+                f"{name}{end}": _number(value)
+                for end, before in (("", denoiser), ("_noisy", None))
+                for name, value in study.cells.load(Cell(condition, before, "quality", None, few))[
+                    "means"
+                ].items()
+            }
+        about = dose_facts(condition.dose_model, condition.dose) | {"noise_seed": condition.noise_seed}
+        about |= common
+        if not study.arms:
+            rows += [
+                about
+                | _counts(study.patients["slice"])
+                | images[denoiser]
+                | {"arm": "denoised", "denoiser": denoiser.path.name}
+                for denoiser in study.networks.denoisers
+            ]
+        for arm in study.arms:
+            for level in LEVELS:
+                found = study.answer(arm, condition)[level]
+                targets = np.where(np.isnan(found), math.nan, study.family_targets(arm.family, level))
+                known, own = ~np.isnan(targets), threshold(arm.classifier, level)
+                slices = known if level == "slice" else known[study.pack.series_of]
+                rows.append(
+                    about
+                    | {
+                        "arm": arm.name,
+                        "denoiser": arm.denoiser and arm.denoiser.path.name,
+                        "classifier": arm.classifier.path.name,
+                        "task": arm.task,
+                        "level": level,
+                        "train_seed": arm.classifier.facts["seed"],
+                        "threshold": own,
+                        "n_patients": len(np.unique(study.patients[level][known])),
+                        "n_slices": int(slices.sum()),
+                    }
+                    | images[arm.denoiser]
+                    | metrics.classification(
+                        targets,
+                        np.nan_to_num(found),
+                        study.patients[level],
+                        threshold=own,
+                        seed=study.design.seed,
+                    )
+                )
+    return [{column: row.get(column) for column in COLUMNS} for row in rows]
+
+
+def _number(value: float | None) -> float:
+    """A number of a cell, in which null stands for NaN."""
+    return math.nan if value is None else value
+
+
+def _counts(patients: np.ndarray) -> dict[str, int]:
+    return {"n_patients": len(np.unique(patients)), "n_slices": len(patients)}
+
+
+# ---------------------------------------------------------------- images
+
+SPECTRUM_TYPES = {"frequencies": float, "power": float, "cells": int}
+
+
+def image_quality(study: Study) -> list[dict]:
+    """Each dose and noise, as low dose and behind each denoiser: error, bias, contrast, noise, edges, d'.
+
+    noise_sd_ratio: to the low dose at the reference dose. spectrum_distance: of the noise to that of the low
+    dose. Figures of patients are means with intervals of 95 % over patients."""
+    rows = []
+    for condition in study.design.conditions():
+        full = condition._replace(dose=study.design.reference(condition.dose_model))
+        for denoiser, few in study.shown_images():
+            own, low, routine = (
+                study.cells.load(Cell(which, before, "quality", None, few))
+                for which, before in ((condition, denoiser), (condition, None), (full, None))
+            )
+            figures = {name: np.array(values, float) for name, values in own["patients"].items()}
+            routine_sd = np.array(routine["patients"]["noise_sd_hu"], float)
+            figures["noise_sd_ratio"] = figures["noise_sd_hu"] / routine_sd
+            observed = study.cells.load(Cell(condition, denoiser, "observer", None, few))
+            rows.append(
+                dose_facts(condition.dose_model, condition.dose)
+                | {"noise_seed": condition.noise_seed}
+                | {"denoiser": "none" if denoiser is None else str(denoiser.path.name)}
+                | {"n_patients": len(routine_sd), "of_subset": few is not None}
+                | {name: _number(own["means"][name]) for name in metrics.IMAGE_METRICS}
+                | with_intervals(figures, study.design.seed)
+                | {"spectrum_distance": _distance(own["spectrum"], low["spectrum"])}
+                | {
+                    f"d_prime_{signal}{end}": _number(found[key])
+                    for signal, found in observed.items()
+                    for end, key in (("", "d_prime"), ("_low", "d_low"), ("_high", "d_high"))
+                }
+            )
+    return rows
+
+
+def with_intervals(figures: dict[str, np.ndarray], seed: int) -> dict[str, float]:
+    """name -> (patients,) figures as name, name_low, name_high: the mean of those known, and its interval."""
+    values = np.column_stack(list(figures.values()))
+    known = ~np.isnan(values)
+    filled = np.nan_to_num(values)
+    with np.errstate(invalid="ignore"):
+        means = filled.sum(0) / known.sum(0)
+    found = intervals.patient_bootstraps(
+        lambda times: (times @ filled) / (times @ known), len(values), seed=seed
+    )
+    rows = zip(figures, means, found, strict=True)
+    return {
+        name + end: float(value)
+        for name, mean, interval in rows
+        for end, value in (("", mean), ("_low", interval.low), ("_high", interval.high))
+    }
+
+
+def _spectrum(content: dict[str, Any]) -> detectability.Spectrum:
+    arrays = (np.array(content[name], kind) for name, kind in SPECTRUM_TYPES.items())
+    return detectability.Spectrum(*arrays, content["blocks"])
+
+
+def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return detectability.spectrum_distance(_spectrum(one), _spectrum(other))
+
+
+def noise_spectra(study: Study) -> list[dict]:
+    """Noise power by frequency: a row for each dose, denoiser and frequency, of the first noise."""
+    rows = []
+    for condition in study.design.conditions():
+        if condition.noise_seed != study.design.noise_seeds[0]:
+            continue
+        for denoiser, few in study.shown_images():
+            content = study.cells.load(Cell(condition, denoiser, "quality", None, few))["spectrum"]
+            about = dose_facts(condition.dose_model, condition.dose) | {
+                "denoiser": "none" if denoiser is None else denoiser.path.name,
+                "of_subset": few is not None,
+                "blocks": content["blocks"],
+            }
+            rows += [
+                about | {"frequency_per_mm": frequency, "power_hu2_mm2": _number(power)}
+                for frequency, power in zip(content["frequencies"], content["power"], strict=True)
+            ]
+    return rows
+
+
+# ---------------------------------------------------------------- lesions outlined
+
+
+def segmentation(study: Study) -> list[dict]:
+    """lesions.summarise of every segmenter, dose and denoiser, of the first noise; dice_gain of denoising."""
+    rows = []
+    for one in study.outlines:
+        for condition in study.design.conditions():
+            if condition.noise_seed != study.design.noise_seeds[0]:
+                continue
+            few = study.subset(one.denoiser)
+            cell = Cell(condition, one.denoiser, "segmenter", one.segmenter, few)
+            reports = [
+                {name: _known(value) for name, value in report.items()}
+                for report in study.cells.load(cell)["reports"]
+            ]
+            series = np.unique(study.pack.series_of[study.cells.rows(few)])
+            patients = study.patients["scan"][series]
+            rows.append(
+                dose_facts(condition.dose_model, condition.dose)
+                | {"segmenter": one.segmenter.path.name}
+                | {"denoiser": "none" if one.denoiser is None else one.denoiser.path.name}
+                | lesions.summarise(reports, patients, seed=study.design.seed)
+            )
+    return rows
+
+
+def _known(value: Any) -> Any:
+    """A value of a report as it was before it became JSON: only the size may be unknown."""
+    return math.nan if value is None else value
+
+
+# ---------------------------------------------------------------- families across doses
+
+
+def _each(study: Study) -> Iterator[tuple[Family, str, str, float, Shown]]:
+    """Every family, level, dose model and dose."""
+    for family, level, model in itertools.product(study.families, LEVELS, study.design.ladders):
+        for dose, shown in study.ladder(family, model):
+            yield family, level, model, dose, shown
+
+
+def _estimates(found: dict[str, comparisons.Estimate]) -> dict[str, float]:
+    return {
+        f"{kind}{end}": value
+        for kind, estimate in found.items()
+        for end, value in zip(("", "_low", "_high", "_seed_sd"), estimate[:4], strict=True)
+    }
+
+
+def dose_response(study: Study) -> list[dict]:
+    """Each family at each dose and level: AUC, sensitivity, specificity, and the AUC of position alone."""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        reading = study.family_reading(family, shown.conditions, level)
+        targets = reading.known[0]
+        rows.append(
+            study.subject(family, level, model, dose)
+            | {"n_networks": len(reading.scores), "n": len(targets), "n_positive": int(targets.sum())}
+            | {"n_patients": len(np.unique(reading.known[2]))}
+            | _estimates(comparisons.estimates(reading))
+            | {"auc_null": study.null_auc(family, level)}
+        )
+    return rows
+
+
+def against_reference(study: Study) -> list[dict]:
+    """Each family at each dose less the reference: differences, p with Holm's correction, non-inferiority.
+
+    The correction is for all tests of a task, dose model, level and kind of number."""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        reference = study.reference(family.task, model)
+        for row in study.compare(shown, reference, level).rows():
+            margin = study.design.margins[row["kind"]]
+            difference = comparisons.Difference(*(row[name] for name in comparisons.Difference._fields))
+            rows.append(
+                study.subject(family, level, model, dose)
+                | {"reference": study.labels[reference.family]}
+                | {"reference_dose": study.design.reference(model)}
+                | row
+                | {"margin": margin, "outcome": comparisons.outcome(difference, margin)}
+                | {"power": comparisons.power(difference, margin)}
+            )
+    return comparisons.with_holm(rows, ("task", "dose_model", "level", "kind"))
+
+
+def between_arms(study: Study) -> list[dict]:
+    """At each dose every other family less the first of its task: what do denoising and training on it do?"""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        first = study.reference(family.task, model).family
+        if family == first:
+            continue
+        for row in study.compare(shown, Shown(first, shown.conditions), level).rows():
+            against = {"against": study.labels[first]}
+            rows.append(study.subject(family, level, model, dose) | against | row)
+    return comparisons.with_holm(rows, ("task", "dose_model", "level", "kind"))
+
+
+def verdicts(study: Study) -> list[dict]:
+    """The lowest dose that is not inferior: per family, level and kind of number, and by stratum."""
+    rows = []
+    for family, level, model in itertools.product(study.families, LEVELS, study.design.ladders):
+        reference, ladder = study.reference(family.task, model), study.ladder(family, model)
+        pairs = [study.pair(shown, reference, level) for _, shown in ladder]
+        masks = {"all": None} | (study.strata if level == PRIMARY_LEVEL else {})
+        for stratum, mask in masks.items():
+            found = [
+                comparisons.compare(*(one if mask is None else comparisons.within(one, mask) for one in pair))
+                for pair in pairs
+            ]
+            for kind in ("auc", "sens"):
+                margin = study.design.margins[kind]
+                verdict = comparisons.lowest_dose([dose for dose, _ in ladder], found, kind, margin)
+                about = study.subject(family, level, model, verdict.dose)
+                rows.append(about | {"stratum": stratum} | _flat(verdict))
+    return rows
+
+
+def _flat(verdict: comparisons.Verdict) -> dict[str, Any]:
+    """A verdict as columns; its doses' differences as <name>_estimate, _low, _high and _p."""
+    found = verdict._asdict()
+    for name in ("difference", "failed"):
+        difference = found.pop(name)
+        for column in ("estimate", "low", "high", "p"):
+            found[f"{name}_{column}"] = math.nan if difference is None else getattr(difference, column)
+    return found
+
+
+def strata(study: Study) -> list[dict]:
+    """AUC and sensitivity by lesion subtype and size of the scan, against all normal scans."""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        if level != PRIMARY_LEVEL:
+            continue
+        reading = study.family_reading(family, shown.conditions, level)
+        for stratum, found in comparisons.strata(reading, study.strata).items():
+            about = study.subject(family, level, model, dose)
+            rows.append(about | {"stratum": stratum, "n": found["sens"].n} | _estimates(found))
+    return rows
+
+
+def flips(study: Study) -> list[dict]:
+    """Scans whose call changes between the highest dose and a lower one, within each family."""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        if level != PRIMARY_LEVEL or dose == study.design.reference(model):
+            continue
+        highest = study.ladder(family, model)[0][1]
+        before, after = (study.family_reading(family, one.conditions, level) for one in (highest, shown))
+        found = comparisons.flips(before, after)
+        for change, own in (("lost", found.lost), ("gained", found.gained)):
+            for flip in own:
+                series = study.pack.series[flip.row]["series_uid"]
+                about = study.subject(family, level, model, dose) | {"change": change, "series_uid": series}
+                rows.append(about | flip._asdict() | {"mcnemar_p": found.p})
+    return rows
+
+
+def calibration(study: Study) -> list[dict]:
+    """ECE, Brier score, drift of the threshold, and predictive values at the stated prevalence."""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        reading = study.family_reading(family, shown.conditions, level)
+        targets, scores, _ = reading.known
+        drift = comparisons.threshold_drift(reading)
+        row = study.subject(family, level, model, dose)
+        row |= {"ece": np.mean([expected_calibration_error(targets, own) for own in scores])}
+        row |= {"brier": np.mean([brier(targets, own) for own in scores])}
+        row |= {f"threshold_{name}": getattr(drift, name).mean for name in ("stored", "tuned", "shift")}
+        row |= {
+            f"{kind}_{name}": getattr(drift, f"{kind}_{name}").mean
+            for kind in ("sens", "spec")
+            for name in ("stored", "tuned")
+        }
+        row |= {"prevalence": study.design.prevalence}
+        found = comparisons.predictive_values(reading, study.design.prevalence)
+        rows.append(row | _estimates(found))
+    return rows
+
+
+def seeds(study: Study) -> list[dict]:
+    """dose, seed, acc, auc, sens, spec, prec, f1 of every network, at each dose and level."""
+    names = ("dose", "seed", "acc", "auc", "sens", "spec", "prec", "f1", "arm", "level", "noise_seed")
+    return [
+        {name: row.get(name, row["train_seed"]) for name in names} | {"classifier": row["classifier"]}
+        for row in network_rows(study)
+        if row["level"] is not None
+    ]
+
+
+def stress(study: Study) -> list[dict]:
+    """Each family on each artifact at the highest dose, and how much it loses to the same images without."""
+    rows = []
+    design = study.design
+    dose = design.reference(design.main_model)
+    for family, level in itertools.product(study.families, LEVELS):
+        if any(study.subset(arm.denoiser) is not None for arm in study.families[family]):
+            continue
+        plain = Shown(family, study.at(design.main_model, dose))
+        for artifact, severities in design.stress.items():
+            for severity in severities:
+                shown = Shown(
+                    family,
+                    tuple(one._replace(artifact=artifact, severity=severity) for one in plain.conditions),
+                )
+                for row in study.compare(shown, plain, level).rows():
+                    about = study.subject(family, level, design.main_model, dose)
+                    rows.append(about | {"artifact": artifact, "severity": severity} | row)
+    return rows
+
+
+TABLES: dict[str, Callable[[Study], list[dict]]] = {
+    "experiments": network_rows,
+    "dose_response": dose_response,
+    "against_reference": against_reference,
+    "verdicts": verdicts,
+    "between_arms": between_arms,
+    "strata": strata,
+    "flips": flips,
+    "calibration": calibration,
+    "image_quality": image_quality,
+    "noise_spectra": noise_spectra,
+    "segmentation": segmentation,
+    "seeds": seeds,
+    "stress": stress,
+}
+
+
+def all_tables(study: Study) -> dict[str, list[dict]]:
+    """Every table of a study whose grid is full, by name."""
+    return {name: make(study) for name, make in stage.progress(TABLES.items(), desc="tables", unit="table")}
+
+
+# ---------------------------------------------------------------- other test sets
+
+
+def external(sets: dict[str, Study]) -> list[dict]:
+    """Each classifier on every set at the highest dose, and what it loses to the set that it was trained on.
+
+    sets: name -> its study, of the same classifiers. home: the name of the set whose split the checkpoint was
+    trained with, None if it is not among them. drop: AUC at home less AUC there, of other patients, so that
+    its error is that of both (DeLong's; of one scan a patient)."""
+    rows = []
+    studies = list(sets.values())
+    for arm in studies[0].arms:
+        split = arm.classifier.facts["split_hash"]
+        home = next((name for name, one in sets.items() if one.pack.split_hash == split), None)
+        areas = {name: _area(one, arm) for name, one in sets.items()}
+        for name, one in sets.items():
+            area, own = areas[name], areas.get(home)
+            drop = math.nan if own is None else own.auc - area.auc
+            error = math.nan if own is None else math.sqrt(own.variance + area.variance)
+            reach = 0.0 if name == home else comparisons.Z * error
+            rows.append(
+                {"task": arm.task, "pipeline": arm.name, "classifier": arm.classifier.path.name}
+                | {"denoiser": arm.denoiser and arm.denoiser.path.name}
+                | {"home": home, "data": name, "level": PRIMARY_LEVEL}
+                | {"n_scans": int((~np.isnan(one.family_targets(arm.family, PRIMARY_LEVEL))).sum())}
+                | {"auc": area.auc, "auc_low": area.low, "auc_high": area.high}
+                | {"drop": drop, "drop_low": drop - reach, "drop_high": drop + reach}
+            )
+    return rows
+
+
+def _area(study: Study, arm: Arm) -> intervals.Auc:
+    model = study.design.main_model
+    condition = study.at(model, study.design.reference(model))[0]
+    targets = study.family_targets(arm.family, PRIMARY_LEVEL)
+    return intervals.delong_auc(targets, study.answer(arm, condition)[PRIMARY_LEVEL])
