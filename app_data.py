@@ -349,7 +349,7 @@ def seen(source: Source, noise: Noise, denoiser: Stamp | None, device: str) -> n
 def reading(
     source: Source, noise: Noise, classifier: Stamp, denoiser: Stamp | None, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities of slices (S, classes), of the scan (1, classes)), behind the denoiser if there is one."""
+    """(probabilities of slices (S, classes), of the scan (1, classes)), behind the denoiser if any."""
     network = load_network("classifier", classifier, device)[0]
     return tuple(read(network, seen(source, noise, denoiser, device)))
 

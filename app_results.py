@@ -1,3 +1,26 @@
+"""Pages Overview and Experiments: what the study measured, from the files in results/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+import metrics
+import stage
+from app_data import LEVELS, Folders, Stamp, file_hash, load_results, load_table, stamp
+from app_words import arm_colours, arm_labels, dose_text, plain_text, quoted
+from dose import DOSE_MODELS
+from inference import LEGEND
+
+CARDS_IN_A_ROW = 7  # four pipelines and three image metrics, at 1280 px
+FIRST_TABLES = ("verdicts", "dose_response", "between_arms")  # what a reader asks for first
+
+# column of experiments.json -> heading, number format (None: text), what it means
 TABLE = {
     "dose": ("Dose", "%g", "in the unit of the dose model"),
     "dose_fraction": ("Of routine", "percent", "share of the dose of a routine head scan"),
@@ -28,62 +51,82 @@ TABLE = {
 IMAGE_PANELS = {"rmse_hu": "RMSE (HU)", "psnr": "PSNR (dB)", "ssim": "SSIM"}
 
 
-ARM_COLOURS = {"1": "#e69f00", "1n": "#cc79a7", "2": "#0072b2", "2d": "#009e73"}
+# ---------------------------------------------------------------- page Overview
 
 
-OTHER_COLOURS = ("#56b4e9", "#d55e00", "#999999", "#882255", "#117733", "#332288")
-
-
-CARDS_IN_A_ROW = 7  # four pipelines and three image metrics, at 1280 px
-
-
-def colours(labels: Sequence[str]) -> alt.Scale:
-    """The same colour for the same pipeline in every chart."""
-    spare = iter(OTHER_COLOURS * len(labels))
-    return alt.Scale(domain=list(labels), range=[ARM_COLOURS.get(label) or next(spare) for label in labels])
-
-
-def results_page(folders: Folders) -> None:
-    """The result table and its curves."""
+def overview_page(folders: Folders) -> None:
+    """The answer, its curves, and what ran when on which data."""
     path = folders.results / "experiments.json"
-    st.header("Results")
     if not path.exists():
-        st.info(f"No results in {plain_text(folders.results)} yet. This makes them:")
-        st.code(results_commands(folders), language="bash")
+        no_results(folders)
         return
     file = stamp(path)
     manifest, rows = load_results(file)
+    with st.container(border=True):
+        for sentence in answer(manifest, rows):
+            st.markdown(f"#### {plain_text(sentence)}")
+        st.caption("Measured on the test patients of these data; see Experiments for every number.")
     show_headline(folders, file, manifest, rows)
-    with control_row():
-        dose = choose_result_dose(rows)
-        tasks = [task for task in rows["task"].unique() if task]
-        levels = [level for level in LEVELS if level in set(rows["level"])]
-        level = (
-            st.segmented_control("Level", levels, default=levels[0], required=True, key="level")
-            if levels
-            else None
-        )
-        task = tasks[0] if tasks else None
-        if len(tasks) > 1:
-            task = st.segmented_control("Task", tasks, default=task, required=True, key="task")
-    # what has no level is an image without a classifier: it belongs to both
-    chosen = rows[
-        (rows["level"].isna() | (rows["level"] == level)) & (rows["task"].isna() | (rows["task"] == task))
-    ]
-    show_at_dose(chosen[chosen["dose"] == dose])
-    st.subheader("Table")
-    show_table(chosen)
-    st.download_button(
-        "Download CSV (all levels, full precision)",
-        rows.to_csv(index=False),
-        "experiments.csv",
-        "text/csv",
-        on_click="ignore",
-        icon=":material/download:",
-    )
-    show_legend(chosen["arm"].unique())
-    st.subheader("Against dose")
+    level = next((level for level in LEVELS if level in set(rows["level"])), None)
+    chosen = one_study(rows, level)
     show_curves(chosen, level)
+    show_legend(chosen["arm"].unique())
+
+
+def no_results(folders: Folders) -> None:
+    """What to type where there are no results yet."""
+    st.info(f"No results in {plain_text(folders.results)} yet. This makes them:")
+    st.code(
+        f"python run_experiments.py --data {quoted(folders.data)} --models {quoted(folders.models)} "
+        f"--out {quoted(folders.results)}\n"
+        "# or everything on a synthetic phantom, from nothing:\nmake demo",
+        language="bash",
+    )
+    st.caption("The page Own scan shows a synthetic head at once, without any of this.")
+
+
+def answer(manifest: dict, rows: pd.DataFrame) -> list[str]:
+    """The study's own answer where it gives one, else what its rows say at the lowest and highest dose."""
+    given = manifest.get("answer")
+    if given:
+        return [str(line) for line in (given if isinstance(given, list) else [given])]
+    level = next((level for level in LEVELS if level in set(rows["level"])), None)
+    own = one_study(rows, level)
+    own = own[own["auc"].notna()] if "auc" in own else own.iloc[:0]
+    if own.empty:
+        row = rows.sort_values("dose").iloc[0]
+        noisy, denoised = (metrics.shown(row.get(name), 1) for name in ("rmse_hu_noisy", "rmse_hu"))
+        return [
+            f"At {dose_text(row['dose_model'], row['dose'])} the error of the image is {noisy} HU, and "
+            f"{denoised} HU after denoising."
+        ]
+    doses = sorted(own["dose"].unique())
+    sentences = []
+    for dose in dict.fromkeys((doses[0], doses[-1])):
+        at = own[own["dose"] == dose]
+        labels = arm_labels(list(at["arm"]), list(at["classifier"]))
+        parts = [
+            f"{metrics.shown(row['auc'], 2)} ({metrics.shown(row['auc_low'], 2)} to "
+            f"{metrics.shown(row['auc_high'], 2)}) with pipeline {label}"
+            for label, (_, row) in zip(labels, at.iterrows(), strict=True)
+        ]
+        sentences.append(
+            f"At {dose_text(at['dose_model'].iloc[0], dose)} the AUC per {level} is {', '.join(parts)}."
+        )
+    return sentences
+
+
+def one_study(rows: pd.DataFrame, level: str | None) -> pd.DataFrame:
+    """Rows of the first dose model, noise seed and task, of one level. What has no level is an image without
+    a classifier and belongs to all."""
+    first = rows.iloc[0]
+    own = (rows["dose_model"] == first["dose_model"]) & (rows["noise_seed"] == first["noise_seed"])
+    task = next((task for task in rows["task"] if isinstance(task, str)), None)
+    return rows[
+        own
+        & (rows["level"].isna() | (rows["level"] == level))
+        & (rows["task"].isna() | (rows["task"] == task))
+    ]
 
 
 def show_headline(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFrame) -> None:
@@ -122,6 +165,62 @@ def checkpoint_state(path: Path, sha256: str) -> str:
         return "(as it is now)" if file_hash(stamp(path)) == sha256 else "(**changed since**)"
     except OSError:
         return "(no longer there)"
+
+
+# ---------------------------------------------------------------- page Experiments
+
+
+def experiments_page(folders: Folders) -> None:
+    """Every number of the study, its curves, tables and figures."""
+    path = folders.results / "experiments.json"
+    if path.exists():
+        show_experiments(load_results(stamp(path))[1])
+    else:
+        no_results(folders)
+    show_tables(folders.results / "tables")
+    show_figures(folders.results)
+    report = folders.results / "report.html"
+    if report.exists():
+        st.download_button(
+            "Download report.html",
+            report.read_bytes(),
+            "report.html",
+            "text/html",
+            on_click="ignore",
+            icon=":material/description:",
+        )
+
+
+def show_experiments(rows: pd.DataFrame) -> None:
+    """The rows of experiments.json: at a glance at one dose, as curves and as a table."""
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        chosen = rows
+        choices = {"dose_model": "Dose model", "noise_seed": "Noise seed", "task": "Task"}
+        for column, label in choices.items():
+            values = [value for value in chosen[column].unique() if not pd.isna(value)]
+            if len(values) > 1:
+                value = st.segmented_control(label, values, default=values[0], required=True, key=column)
+                chosen = chosen[chosen[column].isna() | (chosen[column] == value)]
+        levels = [level for level in LEVELS if level in set(chosen["level"])]
+        level = levels[0] if levels else None
+        if levels:
+            level = st.segmented_control("Level", levels, default=level, required=True, key="level")
+        # what has no level is an image without a classifier: it belongs to both
+        chosen = chosen[chosen["level"].isna() | (chosen["level"] == level)]
+        dose = choose_result_dose(chosen)
+    show_at_dose(chosen[chosen["dose"] == dose])
+    show_curves(chosen, level)
+    show_legend(chosen["arm"].unique())
+    st.subheader("All numbers")
+    show_table(chosen)
+    st.download_button(
+        "Download CSV (all levels, full precision)",
+        rows.to_csv(index=False),
+        "experiments.csv",
+        "text/csv",
+        on_click="ignore",
+        icon=":material/download:",
+    )
 
 
 def choose_result_dose(rows: pd.DataFrame) -> float:
@@ -212,6 +311,11 @@ def show_curves(rows: pd.DataFrame, level: str | None) -> None:
             st.altair_chart(chart, width="stretch")
 
 
+def colours(labels: Sequence[str]) -> alt.Scale:
+    """The same colour for the same pipeline in every chart."""
+    return alt.Scale(domain=list(labels), range=arm_colours(labels))
+
+
 def dose_curve(
     frame: pd.DataFrame,
     column: str,
@@ -252,3 +356,38 @@ def dose_curve(
         )
     )
     return alt.layer(*layers).properties(height=320)
+
+
+def show_tables(folder: Path) -> None:
+    """Whatever other tables the study wrote."""
+    paths = sorted(folder.glob("*.csv"), key=lambda path: (path.stem not in FIRST_TABLES, path.stem))
+    if not paths:
+        return
+    st.subheader("Tables of the study")
+    names = {path.stem.replace("_", " "): path for path in paths}
+    name = st.selectbox("Table", list(names), key="table")
+    try:
+        table = load_table(stamp(names[name]))
+    except stage.StageError as error:
+        st.error(plain_text(error))
+        return
+    st.dataframe(table, hide_index=True, placeholder="n/a")
+    st.download_button(
+        f"Download {names[name].name}",
+        names[name].read_bytes(),
+        names[name].name,
+        "text/csv",
+        on_click="ignore",
+        icon=":material/download:",
+    )
+
+
+def show_figures(results: Path) -> None:
+    """The figures that the study drew."""
+    paths = sorted((results / "figures").glob("*.png")) or sorted(results.glob("*.png"))
+    if not paths:
+        return
+    st.subheader("Figures of the study")
+    names = {path.stem.replace("_", " "): path for path in paths}
+    name = st.selectbox("Figure", list(names), key="figure")
+    st.image(str(names[name]), output_format="PNG", caption=name)
