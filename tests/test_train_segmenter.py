@@ -306,7 +306,8 @@ def test_validation_of_the_truth_is_dice_1_and_clean(val):
     truth = torch.from_numpy(np.where(pack.mask > 0, 9.0, -9.0))[:, None]
     found = Validation(pack, images, None, "x")(Known(truth))
     assert (found["dice"], found["false_positive_ml"], found["clean"]) == (1, 0, 1)
-    assert found["thresholds"]["lesion"] == {"value": 0.5, "origin": "largest mean Dice of scans on val, x"}
+    origin = "largest mean Dice on val with 95% of normal scans clean, x"
+    assert found["thresholds"]["lesion"] == {"value": 0.5, "origin": origin}
 
 
 def test_validation_chooses_the_threshold_with_the_largest_dice_of_scans(val):
@@ -322,6 +323,29 @@ def test_validation_chooses_the_threshold_with_the_largest_dice_of_scans(val):
     given = Validation(pack, images, 0.2, "x")(model)
     assert given["dice"] == pytest.approx(2 / 3)
     assert given["thresholds"]["lesion"] == {"value": 0.2, "origin": "--threshold"}
+
+
+def test_validation_prefers_a_threshold_that_leaves_normal_scans_clean_to_a_larger_dice(val):
+    pack, images = val
+    rows = planted(pack, 0)
+    p = np.full(pack.mask.shape, 0.01)
+    p[rows, 4:12, 4:12] = 0.5  # all of the lesion up to here
+    p[rows, 4:12, 4:8] = 0.97  # half of it
+    p[np.setdiff1d(np.arange(len(pack)), rows), 20:22, 20:22] = 0.6  # in every normal scan
+    found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
+    assert 0.6 < found["thresholds"]["lesion"]["value"] < 0.97
+    assert (found["dice"], found["clean"]) == (pytest.approx(2 / 3), 1)
+
+
+def test_validation_where_no_threshold_is_clean_takes_the_cleanest(val):
+    pack, images = val
+    rows = planted(pack, 0)
+    p = np.full(pack.mask.shape, 0.01)
+    p[rows, 4:12, 4:12] = 0.9995
+    p[np.setdiff1d(np.arange(len(pack)), rows), 20:22, 20:22] = 0.9999
+    found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
+    assert (found["dice"], found["clean"]) == (1, 0)
+    assert found["thresholds"]["lesion"]["value"] == 0.5
 
 
 def test_validation_measures_false_volume_on_scans_without_lesion_only(val):
