@@ -81,9 +81,7 @@ def cases_page(folders: Folders, viewer: object) -> None:
         )
         if result != "all":
             table = table[table["Result"] == result]
-    st.caption(
-        f"{len(table)} of {len(cases)} cases. Click the left edge of a row to open it; a heading sorts."
-    )
+    st.caption(f"{len(table)} of {len(cases)} cases. Click the left edge of a row to open it.")
     event = st.dataframe(
         table,
         hide_index=True,

@@ -122,11 +122,8 @@ def one_study(rows: pd.DataFrame, level: str | None) -> pd.DataFrame:
     first = rows.iloc[0]
     own = (rows["dose_model"] == first["dose_model"]) & (rows["noise_seed"] == first["noise_seed"])
     task = next((task for task in rows["task"] if isinstance(task, str)), None)
-    return rows[
-        own
-        & (rows["level"].isna() | (rows["level"] == level))
-        & (rows["task"].isna() | (rows["task"] == task))
-    ]
+    own &= rows["level"].isna() | (rows["level"] == level)
+    return rows[own & (rows["task"].isna() | (rows["task"] == task))]
 
 
 def show_headline(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFrame) -> None:
@@ -274,7 +271,7 @@ def show_table(rows: pd.DataFrame) -> None:
             config[column] = st.column_config.NumberColumn(heading, help=meaning, format=form)
     for column in ("dose", "arm"):
         config[column]["pinned"] = True
-    st.dataframe(rows[list(TABLE)], hide_index=True, column_config=config, placeholder="n/a")
+    st.dataframe(rows.reindex(columns=list(TABLE)), hide_index=True, column_config=config, placeholder="n/a")
 
 
 def show_legend(arms: Sequence[str]) -> None:

@@ -219,6 +219,5 @@ def as_table(facts: dict) -> pd.DataFrame:
     def text(value: object) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
-    return pd.DataFrame(
-        [(key.replace("_", " "), text(value)) for key, value in facts.items()], columns=["", "value"]
-    )
+    rows = [(key.replace("_", " "), text(value)) for key, value in facts.items()]
+    return pd.DataFrame(rows, columns=["Name", "Value"])

@@ -477,11 +477,13 @@ def lesion_summary(series: Series, outlines: Sequence[Outlined]) -> str:
 
 def lesion_parts(series: Series, outlines: Sequence[Outlined]) -> pd.DataFrame:
     """Every lesion that touches no other, true or found, largest first."""
-    names = dict(enumerate(anatomy.LESION_CLASSES, 1))
-    masks = [("true", series.lesions)] if series.lesions is not None else []
-    masks += [(found.segmenter.name, found.mask) for found in outlines]
+    masks = []
+    if series.lesions is not None:
+        masks.append(("true", series.lesions, anatomy.LESION_CLASSES))
+    masks += [(found.segmenter.name, found.mask, found.segmenter.facts["classes"]) for found in outlines]
     rows = []
-    for who, mask in masks:
+    for who, mask, classes in masks:
+        names = dict(enumerate(classes, 1))
         parts, count = ndimage.label(mask > 0, lesions.TOUCHING)
         for number in range(1, count + 1):
             inside = parts == number
@@ -490,7 +492,7 @@ def lesion_parts(series: Series, outlines: Sequence[Outlined]) -> pd.DataFrame:
             rows.append(
                 {
                     "by": who,
-                    "kind": ", ".join(kinds) if who == "true" else "lesion",
+                    "kind": ", ".join(kinds),
                     "slices": f"{slices[0] + 1} to {slices[-1] + 1}",
                     "volume": lesions.volume_ml(inside, series.spacing_mm),
                     "middle": int(slices[len(slices) // 2]),

@@ -259,6 +259,39 @@ CLASSIFIERS: dict[str, Callable[..., Classifier]] = {
     **{name: functools.partial(TimmClassifier, name) for name in TIMM_NETWORKS},
 }
 
+# ---------------------------------------------------------------- what a network has to beat
+
+HEAD_HU = -500.0  # halfway between air and tissue
+
+
+class StatisticsClassifier(SliceReader):
+    """Logistic regression on mean, SD and median of each window inside the head: no network at all.
+
+    The baseline of an earlier system, behind BM3D. kwargs: as for Classifier. A slice without a head has the
+    statistics of the lower end of the window. Training standardises by batch, reading by all batches."""
+
+    def __init__(self, classes: Sequence[str] = ("stroke",), **kwargs: Any) -> None:
+        super().__init__(classes, **kwargs)
+        self.scale = nn.BatchNorm1d(3 * self.channels, affine=False, momentum=None)
+        self.head = nn.Linear(3 * self.channels, len(self.classes))
+
+    def embed(self, hu: torch.Tensor) -> torch.Tensor:
+        """(B, slices, H, W) HU -> (B, 3 x channels): means, SDs and medians, not yet standardised."""
+        seen = self.normalised(hu).flatten(2)
+        inside = (hu > HEAD_HU).repeat_interleave(len(self.windows), dim=1).flatten(2)
+        inside |= ~inside.any(2, keepdim=True)
+        count = inside.sum(2)
+        mean = (seen * inside).sum(2) / count
+        variance = (torch.square(seen - mean[..., None]) * inside).sum(2) / count
+        median = seen.masked_fill(~inside, torch.nan).nanmedian(2).values
+        return torch.cat([mean, variance.clamp_min(1e-12).sqrt(), median], dim=1)
+
+    def forward(self, hu: torch.Tensor) -> torch.Tensor:
+        return self.head(self.scale(self.embed(hu))).float()
+
+
+BASELINES: dict[str, Callable[..., SliceReader]] = {"statistics": StatisticsClassifier}
+
 # ---------------------------------------------------------------- weights to begin with
 
 

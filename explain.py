@@ -135,6 +135,8 @@ def _choice(what: str, name: str, choices: dict[str, Callable]) -> Callable:
 
 
 def _layer(cnn: nn.Module, stride: int) -> nn.Module:
+    if not hasattr(cnn, "cam_layers"):
+        raise stage.InputError(f"{type(cnn).__name__}: has no feature maps that Grad-CAM could show")
     layers = cnn.cam_layers()
     if stride not in layers:
         raise stage.InputError(f"stride {stride}: must be one of {', '.join(map(str, layers))}")

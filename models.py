@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from classical import CLASSICAL_METHODS, ClassicalDenoiser
-from classifiers import CLASSIFIERS
+from classifiers import BASELINES, CLASSIFIERS
 from denoisers import AUTOENCODERS, Autoencoder, NAFNetDenoiser, REDCNNDenoiser, UNetDenoiser, student
 from joint import JointClassifier
 from segmenters import SEGMENTERS
@@ -72,7 +72,7 @@ def build_model(name: str, /, kind: str | None = None, **kwargs: Any) -> nn.Modu
     names differ, while a segmenter may be called as a denoiser is."""
     registries = {
         "denoiser": {**DENOISERS, **CLASSICAL},
-        "classifier": {**CLASSIFIERS, **SEQUENCE_MODELS, "joint": joint},
+        "classifier": {**CLASSIFIERS, **BASELINES, **SEQUENCE_MODELS, "joint": joint},
         "segmenter": SEGMENTERS,
     }
     networks = registries["denoiser"] | registries["classifier"] if kind is None else registries[kind]

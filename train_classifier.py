@@ -53,7 +53,7 @@ from explain import METHODS
 from inference import Probabilities, load_classifier, load_denoiser, read
 from losses import masked_bce_loss, masked_cross_entropy_loss, rmse_loss
 from low_dose import check_doses
-from models import CLASSIFIERS, SEQUENCE_MODELS, build_model
+from models import BASELINES, CLASSIFIERS, SEQUENCE_MODELS, build_model
 from reading_inputs import INPUTS, ReadingInputs
 
 WIDTH = 64  # of ResNet-18 in the paper
@@ -108,9 +108,10 @@ def get_parser() -> stage.StageParser:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--model",
-        choices=(*sorted(CLASSIFIERS), *SEQUENCE_MODELS),
+        choices=(*sorted(CLASSIFIERS), *BASELINES, *SEQUENCE_MODELS),
         default="resnet18",
-        help="of slices, or of whole scans: cnn-bilstm, two-stage (default: resnet18)",
+        help="of slices, or of whole scans: cnn-bilstm, two-stage; statistics: logistic regression on mean, "
+        "SD and median of the slice, to be beaten (default: resnet18)",
     )
     group.add_argument(
         "--backbone", choices=sorted(CLASSIFIERS), help="of a network of scans (default: resnet18)"
@@ -232,6 +233,9 @@ def check_options(args: argparse.Namespace) -> None:
     cnn = args.backbone or "resnet18" if args.model in SEQUENCE_MODELS else args.model
     if args.width is not None and cnn != "resnet18":
         refuse("width", "only for resnet18")
+    for option in ("pretrained", "dropout"):
+        if getattr(args, option) and args.model in BASELINES:
+            refuse(option, f"{args.model} is no network")
     if args.weights is not None and not args.pretrained:
         raise stage.InputError("--weights: give --pretrained too, or leave it out")
     if args.pretrained and args.finetune is not None:

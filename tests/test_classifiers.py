@@ -2,6 +2,7 @@ import functools
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -481,3 +482,39 @@ def test_every_name_of_weights_is_one_that_timm_can_download(name):
     assert config.tag == name.partition(".")[2]
     assert config.hf_hub_id or config.url
     assert config.input_size[0] == 3
+
+
+# ---------------------------------------------------------------- what a network has to beat
+
+
+def test_statistics_are_mean_sd_and_median_inside_the_head():
+    model = build_model("statistics", windows=[[40, 80]], mean=0, sd=1)
+    hu = torch.full((2, 1, 5, 7), -1000.0)
+    hu[0, 0, 1, :5] = torch.tensor([8.0, 16.0, 24.0, 40.0, 72.0])  # 0.1, 0.2, 0.3, 0.5, 0.9 of the window
+    found = model.embed(hu)
+    values = np.array([0.1, 0.2, 0.3, 0.5, 0.9])
+    np.testing.assert_allclose(found[0], [values.mean(), values.std(), 0.3], rtol=1e-5)
+    np.testing.assert_allclose(found[1], 0, atol=1e-5)  # a slice without a head
+
+
+def test_statistics_have_a_row_for_each_window_and_neighbour():
+    model = build_model("statistics", classes=["a", "b"], windows=[[40, 80], [80, 200]], slices=3)
+    hu = torch.randn(4, 3, 33, 35) * 50 + 40
+    assert model.embed(hu).shape == (4, 18)
+    assert model(hu).shape == (4, 2)
+    assert not torch.equal(model(hu), model(hu.flip(1)))
+
+
+def test_statistics_learn_what_logistic_regression_learns():
+    torch.manual_seed(0)
+    model = build_model("statistics", windows=[[40, 80]])
+    level = torch.rand(64) * 40
+    hu = level[:, None, None, None] + 5 * torch.randn(64, 1, 16, 16)
+    targets = (level > 20).float()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(model(hu)[:, 0], targets).backward()
+        optimizer.step()
+    called = model.eval()(hu)[:, 0] > 0
+    assert (called == (targets == 1)).float().mean() > 0.95

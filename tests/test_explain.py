@@ -585,3 +585,8 @@ def test_interpolation_of_a_stretched_map_is_torchs():
     hu = noise(2, 1, 64, 40)
     expected = F.interpolate(F.avg_pool2d(hu, 8).relu(), (64, 40), mode="bilinear")[:, 0]
     np.testing.assert_allclose(grad_cam(model, hu, "a", stride=stride), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_grad_cam_of_what_has_no_feature_maps_is_refused():
+    with pytest.raises(InputError, match="StatisticsClassifier: has no feature maps"):
+        grad_cam(build_model("statistics").eval(), torch.zeros(1, 1, 32, 32), "stroke")

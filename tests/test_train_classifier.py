@@ -38,7 +38,12 @@ def with_denoiser(split_data, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "options",
-    [SMALL, [*SMALL, *SCANS, "--model", "cnn-bilstm", "--scan-length", 4], [*SMALL, *TWO_STAGE]],
+    [
+        SMALL,
+        [*SMALL, *SCANS, "--model", "cnn-bilstm", "--scan-length", 4],
+        [*SMALL, *TWO_STAGE],
+        [*TOY, "--model", "statistics"],
+    ],
     ids=["slices", "cnn-bilstm", "two-stage"],
 )
 def test_every_task_trains_and_its_checkpoint_answers_for_slices_and_scans(
