@@ -27,7 +27,7 @@ from app_words import plain_text
 from display import NOTICE
 
 STYLE = """<style>
-.stMainBlockContainer { padding: 3.4rem 2rem 2rem; }
+.stMainBlockContainer { padding: 4.2rem 2rem 2rem; }
 [data-testid="stMetricValue"] { font-size: 1.5rem; }
 </style>"""  # of a screen 1280 px wide, as much as possible for the images
 PAGES = {  # title -> page, icon, address

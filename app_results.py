@@ -62,9 +62,10 @@ def overview_page(folders: Folders) -> None:
         return
     file = stamp(path)
     manifest, rows = load_results(file)
+    given = "answer" in manifest
     with st.container(border=True):
         for sentence in answer(manifest, rows):
-            st.markdown(f"#### {plain_text(sentence)}")
+            st.markdown(f":primary[**{plain_text(sentence)}**]" if given else plain_text(sentence))
         st.caption("Measured on the test patients of these data; see Experiments for every number.")
     show_headline(folders, file, manifest, rows)
     level = next((level for level in LEVELS if level in set(rows["level"])), None)

@@ -70,10 +70,10 @@ def viewer_page(folders: Folders) -> None:
     device = pick_device(folders.device)
     networks, study = find_checkpoints(folders, device), study_of(folders)
     say_faults(networks, study)
-    case = choose_case(cases)
-    source = Source(stamp(Path(case.folder) / "metadata.json"), networks.size)
-    series = source.series
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        case = choose_case(cases)
+        source = Source(stamp(Path(case.folder) / "metadata.json"), networks.size)
+        series = source.series
         noise = choose_dose(networks.found, study)
         denoiser = choose_denoiser(networks.denoisers)
         arms = arms_of(denoiser, networks.classifiers)
@@ -175,7 +175,7 @@ def choose_case(cases: dict[str, Case]) -> Case:
         count = "" if case.slices is None else f" · {case.slices} slices"
         return f"{case.patient} · {case.finding}{count} · {case.split}"
 
-    case = cases[st.selectbox("Case", names, format_func=title, key="case")]
+    case = cases[st.selectbox("Case", names, format_func=title, key="case", width=330)]
     if st.session_state.get("linked-case") not in (None, case.uid):
         st.query_params.pop("slice", None)  # it was of another case
     link("case", case.uid)
@@ -188,7 +188,7 @@ def choose_dose(found: Sequence[Checkpoint], study: Study) -> Noise:
     trained = [study.dose_model, *(one.facts["dose_model"] for one in found)]
     first = next((name for name in trained if name in models), models[0])
     dose_model = st.selectbox(
-        "Dose model", models, models.index(first), key="dose-model", persist_state="session", width=150
+        "Dose model", models, models.index(first), key="dose-model", persist_state="session", width=135
     )
     own = [one.facts["doses"] for one in found if one.facts["dose_model"] == dose_model]
     doses = sorted({float(dose) for ladder in (*own, DOSE_MODELS[dose_model].doses) for dose in ladder})
@@ -208,7 +208,7 @@ def choose_dose(found: Sequence[Checkpoint], study: Study) -> Noise:
         format_func=lambda dose: dose_text(dose_model, dose),
         key=key,
         persist_state="session",
-        width=340,
+        width=300,
     )
     link("dose", f"{dose:g}")
     return Noise(dose_model, dose, study.noise_seed)
@@ -227,9 +227,7 @@ def choose_heat(arms: Sequence[Arm]) -> Explained | None:
     if not arms:
         return None
     labels = arm_labels([arm.name for arm in arms], [arm.classifier.name for arm in arms])
-    label = st.selectbox(
-        "Grad-CAM of pipeline", [NO_HEAT, *labels], key="heat", persist_state="session", width=160
-    )
+    label = st.selectbox("Grad-CAM of", [NO_HEAT, *labels], key="heat", persist_state="session", width=120)
     if label == NO_HEAT:
         return None
     arm = arms[labels.index(label)]

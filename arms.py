@@ -38,6 +38,11 @@ class Arm(NamedTuple):
         return self.classifier.facts["task"]
 
     @property
+    def on_subset(self) -> bool:
+        """Is it tried on some of the test patients only?"""
+        return self.denoiser is not None and is_classical(self.denoiser)
+
+    @property
     def family(self) -> Family:
         before = None if self.denoiser is None else family_name(self.denoiser.path)
         return Family(self.task, self.name, before, family_name(self.classifier.path))
@@ -92,7 +97,8 @@ def load_networks(
 ) -> Networks:
     """The named ones; None: whatever lies in models. denoisers: checkpoints, NONE, or names of CLASSICAL.
 
-    Raises InputError if one that was named is missing, or if there is nothing at all."""
+    Raises InputError if one that was named is missing, if two have one name, by which tables and families
+    know them, or if there is nothing at all."""
     if denoisers is None:
         denoisers = [NONE, *map(str, checkpoints.finished(models, "denoiser"))]
     if classifiers is None:
@@ -101,17 +107,22 @@ def load_networks(
         segmenters = checkpoints.finished(models, "segmenter")
     found = Networks(
         NONE in denoisers,
-        [load_any_denoiser(which, device) for which in denoisers if which != NONE],
-        [Network(Path(path), *load_classifier(path, device)) for path in classifiers],
-        [Network(Path(path), *load_segmenter(path, device)) for path in segmenters],
+        [load_any_denoiser(which, device) for which in dict.fromkeys(denoisers) if which != NONE],
+        [Network(path, *load_classifier(path, device)) for path in dict.fromkeys(map(Path, classifiers))],
+        [Network(path, *load_segmenter(path, device)) for path in dict.fromkeys(map(Path, segmenters))],
     )
     if not (found.denoisers or found.classifiers or found.segmenters):
         raise stage.InputError(f"{models}: no denoiser.pt and no classifier.pt (run train_denoiser.py first)")
+    known: dict[str, Path] = {}
+    for network in found.trained:
+        other = known.setdefault(network.path.name, network.path)
+        if other != network.path:
+            raise stage.InputError(f"{network.path}: has the name of {other} (rename one of them)")
     return found
 
 
 def plan_arms(networks: Networks) -> tuple[list[Arm], list[str]]:
-    """(what can be run, in the order of LEGEND; what is left out and why)."""
+    """(what can be run, in the order of LEGEND, behind classical denoisers last; what is left out and why)."""
     arms, left_out = [], []
     for classifier in networks.classifiers:
         direct, through = PIPELINES[classifier.facts["input"]]
@@ -137,7 +148,8 @@ def plan_arms(networks: Networks) -> tuple[list[Arm], list[str]]:
                 f"pipeline {missing}: no classifier trained on {kind} slices "
                 f"(run train_classifier.py --input {kind})"
             )
-    arms.sort(key=lambda arm: list(LEGEND).index(arm.name))
+    # those behind classical ones see a part of the patients: the first arm, to which others are compared, all
+    arms.sort(key=lambda arm: (arm.on_subset, list(LEGEND).index(arm.name)))
     return arms, left_out
 
 

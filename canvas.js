@@ -266,10 +266,11 @@ class Viewer {
     const most = full ? window.innerHeight - 170 : Math.max(420, Math.min(860, window.innerHeight - 300));
     const count = this.state.panes;
     let best = null;
-    for (let columns = 1; columns <= count; columns++) {
+    for (let columns = count; columns >= 1; columns--) {
       const rows = Math.ceil(count / columns);
       const side = Math.min(width / columns, (rows > 1 && !full ? most * 1.1 : most) / rows);
-      if (!best || side > best.side) best = { columns, rows, side };
+      if (!best || side > best.side * 1.15) best // a single row leaves more of the page in sight
+        = { columns, rows, side };
     }
     const height = full ? most / best.rows : Math.min(best.side, most);
     this.grid.style.gridTemplateColumns = `repeat(${best.columns}, minmax(0, 1fr))`;

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 
 import anatomy
 import checkpoints
@@ -70,7 +71,8 @@ class Seen(NamedTuple):
 
 
 class Cells:
-    """The cells of one pack. mask: of anatomy.MASKS, where image quality is measured."""
+    """The cells of one pack. mask: of anatomy.MASKS, where metrics.IMAGE_METRICS are measured; what is asked
+    of lesions, edges, texture and signals is asked of the brain, whatever the mask."""
 
     def __init__(self, folder: Path, pack: Pack, mask: str, seed: int):
         self.folder, self.pack, self.mask, self.seed = Path(folder), pack, mask, seed
@@ -106,8 +108,13 @@ class Cells:
 
     @functools.cached_property
     def inside(self) -> np.ndarray:
-        """(N, H, W) bool, where image quality is measured."""
+        """(N, H, W) bool, where metrics.IMAGE_METRICS are measured."""
         return self.pack.masks(anatomy.MASKS[self.mask])
+
+    @functools.cached_property
+    def brain(self) -> np.ndarray:
+        """(N, H, W) bool."""
+        return self.inside if self.mask == "brain" else self.pack.masks(anatomy.brain_mask)
 
     @functools.cached_property
     def tissues(self) -> np.ndarray:
@@ -118,7 +125,7 @@ class Cells:
         """Where an observer is to find signals in some rows: which of the rows (M,), and (M, 3) places.
 
         OBSERVED_SLICES of each scan are observed, those with most brain."""
-        area = self.inside[rows].sum((1, 2))
+        area = self.brain[rows].sum((1, 2))
         series_of = self.pack.series_of[rows]
         chosen = []
         for number in np.unique(series_of):
@@ -128,7 +135,7 @@ class Cells:
         some = rows[chosen]
         lesions_there = None if self.pack.mask is None else np.asarray(self.pack.mask[some])
         pixel_mm = float(self.pack.pixel_mm[some].mean())
-        found = detectability.signal_places(self.inside[some], self.tissues[some], lesions_there, pixel_mm)
+        found = detectability.signal_places(self.brain[some], self.tissues[some], lesions_there, pixel_mm)
         return chosen, found
 
     # ------------------------------------------------------------ what is to be done
@@ -136,6 +143,8 @@ class Cells:
     def fill(self, cells: Sequence[Cell], place: World) -> None:
         """Work out what is missing, images by images; of several processes each takes its share of them."""
         missing = [cell for cell in cells if not self.done(cell)]
+        if place.size > 1:
+            dist.barrier()  # before the first cell is written: all must deal out the same ones
         groups: dict[tuple, list[Cell]] = {}
         for cell in missing:
             groups.setdefault((cell.condition, cell.patients, _identity(cell.denoiser)), []).append(cell)
@@ -196,8 +205,10 @@ def _file_hash(path: Path) -> str:
 
 
 def _classified(cells: Cells, cell: Cell, seen: Seen) -> dict:
-    """Probabilities of each slice and of each scan."""
+    """Probabilities of each slice and of each scan. Raises InputError for a network that says NaN."""
     found = read(cell.reader.network, seen.images, cells.pack.series_of[seen.rows])
+    if np.isnan(found.slices).any() or np.isnan(found.scans).any():
+        raise stage.InputError(f"{cell.reader.path}: says NaN of {cell.condition.title} (train it again)")
     return {"slices": found.slices.tolist(), "scans": found.scans.tolist()}
 
 
@@ -219,16 +230,16 @@ def _measured(cells: Cells, _: Cell, seen: Seen) -> dict:
     """Image quality: the means of metrics.image_quality, the figures of each patient, the noise spectrum."""
     pack, rows, images = cells.pack, seen.rows, seen.images
     patients = pack.patient_ids()[rows]
-    reference, inside = np.asarray(cells.reference[rows]), cells.inside[rows]
+    reference, brain = np.asarray(cells.reference[rows]), cells.brain[rows]
     masks = None if pack.mask is None else np.asarray(pack.mask[rows])
     tissues, pixel_mm = cells.tissues[rows], pack.pixel_mm[rows]
-    spectrum = detectability.noise_power_spectrum(images - reference, inside, float(pixel_mm.mean()))
+    spectrum = detectability.noise_power_spectrum(images - reference, brain, float(pixel_mm.mean()))
     return {
-        "means": metrics.image_quality(images, reference, inside, patients),
+        "means": metrics.image_quality(images, reference, cells.inside[rows], patients),
         "patients": {
             name: values.tolist()
             for name, values in detectability.quality_of_patients(
-                images, reference, masks, inside, tissues, patients, pixel_mm
+                images, reference, masks, brain, tissues, patients, pixel_mm
             ).items()
         },
         "spectrum": {

@@ -33,7 +33,7 @@ from dataset import (
     read_slices,
 )
 from display import radiological, to_grey
-from volumes import ASSUMED_HU, hu_fault
+from volumes import ASSUMED_HU, ASSUMED_WINDOW, hu_fault
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend has to be chosen first
@@ -142,7 +142,8 @@ def implausible(series: dict[Path, tuple[str, dict]]) -> list[str]:
     sample = [
         (folder, metadata)
         for folder, (_, metadata) in list(series.items())[::step]
-        if metadata["intensity"] == "hu" and ASSUMED_HU not in metadata["slices"][0]["repairs"]
+        if metadata["intensity"] == "hu"
+        and not {ASSUMED_HU, ASSUMED_WINDOW} & set(metadata["slices"][0]["repairs"])
     ]
     for folder, metadata in stage.progress(sample, desc="values", unit="series"):
         fault = hu_fault(read_slices(folder, "image", len(metadata["slices"])))

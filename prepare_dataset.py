@@ -45,6 +45,14 @@ def get_parser() -> stage.StageParser:
         help="take values that do not look like HU as HU, and record it (default: such series are left out)",
     )
     parser.add_argument(
+        "--assume-window",
+        type=float,
+        nargs=2,
+        metavar=("CENTRE", "WIDTH"),
+        help="take 8-bit pictures as HU of this window, e.g. 40 80, and record it (default: flag them, "
+        "and refused where HU are needed)",
+    )
+    parser.add_argument(
         "--max-reject",
         type=stage.fraction,
         default=0.01,
@@ -55,10 +63,14 @@ def get_parser() -> stage.StageParser:
 
 def reader_options(args) -> dict:
     """The options of the chosen source. Raises InputError for one that belongs to another source."""
+    if args.assume_window is not None and not args.assume_window[1] > 0:
+        raise stage.InputError(f"--assume-window: width {args.assume_window[1]:g} must be positive")
     given = {name: getattr(args, name) for name in PHANTOM_DEFAULTS if getattr(args, name) is not None}
     if args.source == "phantom":
-        if args.assume_hu:
-            raise stage.InputError("--assume-hu: --source phantom is in HU (leave it out)")
+        for option in ("assume_hu", "assume_window"):
+            if getattr(args, option):
+                words = option.replace("_", "-")
+                raise stage.InputError(f"--{words}: --source phantom is in HU (leave it out)")
         if args.input is not None:
             raise stage.InputError("--input: --source phantom makes its own data (leave it out)")
         return PHANTOM_DEFAULTS | given
@@ -159,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
             seen = f"{len(rejected)} files left out" if rejected else "it holds no files"
             example = f", e.g. {rejected[0].file}: {rejected[0].reason}" if rejected else ""
             raise stage.InputError(f"{args.input}: no usable series ({seen}{example})")
-        jobs = [job._replace(assume_hu=args.assume_hu) for job in jobs[: args.limit]]
+        window = None if args.assume_window is None else tuple(args.assume_window)
+        jobs = [job._replace(assume_hu=args.assume_hu, assume_window=window) for job in jobs[: args.limit]]
         finished = {folder.name for folder in all_series(args.out)}
         waiting = [job for job in jobs if job.series_uid not in finished]
         stage.log.info("%d series found, %d already prepared", len(jobs), len(jobs) - len(waiting))

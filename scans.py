@@ -5,6 +5,7 @@ one job into a Scan. Jobs are small and picklable, so that worker processes can 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from picture_sets import PICTURE_READERS
 from stage import stable_seed
 from volumes import (
     AIR_HU,
+    ASSUMED_WINDOW,
     LABEL_NAMES,
     MAX_HU,
     Job,
@@ -27,6 +29,8 @@ from volumes import (
     measured_scan,
     pseudonym,
 )
+
+GREY_LEVELS = 255  # the highest of 8 bits, at the upper end of a window
 
 # ---------------------------------------------------------------- phantom
 
@@ -109,5 +113,13 @@ def discover(path: str | Path) -> tuple[list[Job], list[Rejected]]:
 
 
 def read_scan(job: Job) -> Scan:
-    """Read one job with the reader that discovered it. Raises ScanError if the series cannot be used."""
-    return READERS[job.source].read(job)
+    """Read one job with the reader that discovered it. Raises ScanError if the series cannot be used.
+
+    With job.assume_window 8-bit pictures become HU of that window; what it cut off is lost all the same."""
+    scan = READERS[job.source].read(job)
+    if job.assume_window is None or scan.intensity == "hu":
+        return scan
+    center, width = job.assume_window
+    hu = (center - width / 2 + scan.hu * (width / GREY_LEVELS)).round().astype(np.int16)
+    repairs = [[*notes, ASSUMED_WINDOW] for notes in scan.repairs]
+    return replace(scan, hu=hu, intensity="hu", repairs=repairs)

@@ -5,8 +5,9 @@ A family is what differs by its training seeds alone."""
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,12 @@ import metrics
 from arms import Arm, Family, Networks, Outline, is_classical, labels
 from calibration import known_rows
 from cells import Cell, Cells, Condition
-from classified import positional_nulls
+from classified import LEVELS, positional_nulls, stored_number
 from dataset import TASKS, Pack, task_targets
 from dose import DOSE_MODELS
 from inference import Network
 
-LEVELS = ("slice", "scan")
-PRIMARY_LEVEL = "scan"  # a patient is missed by scan, not by slice
+PRIMARY_LEVEL = LEVELS[1]  # a patient is missed by scan, not by slice
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Study:
             self.families.setdefault(arm.family, []).append(arm)
         self.labels = labels(list(self.families))
         # JSON is parsed, and replicates are drawn, once
-        self.answer, self.targets = functools.cache(self._answer), functools.cache(self._targets)
-        self.reading, self.null = functools.cache(self._reading), functools.cache(self._null)
+        self.answer, self.family_targets = map(functools.cache, (self._answer, self._family_targets))
+        self.reading, self.null = map(functools.cache, (self._reading, self._null))
         self.patients = {
             "slice": self.pack.patient_ids(),
             "scan": np.array([metadata["patient_id"] for metadata in self.pack.series]),
@@ -126,8 +126,7 @@ class Study:
         """What is asked of a set beside the first: its classifiers at the highest dose, under one noise."""
         model = self.design.main_model
         condition = self.at(model, self.design.reference(model))[0]
-        cells = [cell for denoiser in self.images() for cell in self._read(condition, denoiser)]
-        return [cell for cell in cells if cell.kind == "classifier"]
+        return [cell for denoiser in self.images() for cell in self._classified(condition, denoiser)]
 
     def shown_images(self) -> list[tuple[Network | None, int | None]]:
         """Images whose quality is measured, and of how many patients: for a subset the low dose again."""
@@ -141,18 +140,25 @@ class Study:
             for denoiser, few in self.shown_images():
                 found += [Cell(condition, denoiser, kind, None, few) for kind in ("quality", "observer")]
             for denoiser in self.images():
-                found += self._read(condition, denoiser)
+                found += self._classified(condition, denoiser) + self._outlined(condition, denoiser)
         for condition in self.design.stressed():
             for denoiser in self.images():
                 if self.subset(denoiser) is None:
-                    found += self._read(condition, denoiser)
+                    found += self._classified(condition, denoiser)
         return found
 
-    def _read(self, condition: Condition, denoiser: Network | None) -> list[Cell]:
-        few = self.subset(denoiser)
-        readers = {arm.classifier: "classifier" for arm in self.arms if arm.denoiser is denoiser}
-        readers |= {one.segmenter: "segmenter" for one in self.outlines if one.denoiser is denoiser}
-        return [Cell(condition, denoiser, kind, reader, few) for reader, kind in readers.items()]
+    def _classified(self, condition: Condition, denoiser: Network | None) -> list[Cell]:
+        readers = [arm.classifier for arm in self.arms if arm.denoiser is denoiser]
+        return [Cell(condition, denoiser, "classifier", one, self.subset(denoiser)) for one in readers]
+
+    def _outlined(self, condition: Condition, denoiser: Network | None) -> list[Cell]:
+        readers = [one.segmenter for one in self.outlines if one.denoiser is denoiser]
+        return [Cell(condition, denoiser, "segmenter", one, self.subset(denoiser)) for one in readers]
+
+    def places(self, few: int | None, level: str) -> np.ndarray:
+        """Which slices, or scans, are those of a subset."""
+        rows = self.cells.rows(few)
+        return rows if level == "slice" else np.unique(self.pack.series_of[rows])
 
     # ------------------------------------------------------------ what was read
 
@@ -160,61 +166,61 @@ class Study:
         """level -> probability of the finding, of every slice (N,) and scan (series,); NaN: not asked."""
         few = self.subset(arm.denoiser)
         content = self.cells.load(Cell(condition, arm.denoiser, "classifier", arm.classifier, few))
-        rows = self.cells.rows(few)
-        places = {"slice": rows, "scan": np.unique(self.pack.series_of[rows])}
         found = {}
-        for level, key in (("slice", "slices"), ("scan", "scans")):
-            values = np.full(len(self.patients[level]), math.nan)
-            values[places[level]] = TASKS[arm.task].positive(np.array(content[key], np.float64))
-            found[level] = values
+        for level in LEVELS:
+            found[level] = np.full(len(self.patients[level]), math.nan)
+            values = TASKS[arm.task].positive(np.array(content[f"{level}s"], np.float64))
+            found[level][self.places(few, level)] = values
         return found
 
-    def _targets(self, task: str, assume_absent: tuple[str, ...], level: str) -> np.ndarray:
-        """1, 0 or NaN for every slice or scan."""
+    def _family_targets(self, family: Family, level: str) -> np.ndarray:
+        """1, 0 or NaN for every slice or scan; NaN: unknown, or not asked, being outside the subset."""
+        first = self.families[family][0]
         known = self.pack.labels if level == "slice" else [one["labels"] for one in self.pack.series]
-        return TASKS[task].positive(task_targets(task, known, assume_absent)).astype(np.float64)
-
-    def family_targets(self, family: Family, level: str) -> np.ndarray:
-        facts = self.families[family][0].classifier.facts
-        return self.targets(family.task, tuple(facts["assume_absent"]), level)
+        targets = task_targets(family.task, known, first.classifier.facts["assume_absent"])
+        found = np.full(len(known), math.nan)
+        places = self.places(self.subset(first.denoiser), level)
+        found[places] = TASKS[family.task].positive(targets[places])
+        return found
 
     def seeds(self, family: Family) -> tuple[int, ...]:
         """With which its networks were trained, each once and in order."""
         return tuple(sorted({arm.classifier.facts["seed"] for arm in self.families[family]}))
 
-    def _reading(
-        self, family: Family, shown: tuple[Condition, ...], level: str, seeds: tuple[int, ...]
-    ) -> comparisons.Reading:
-        """The scores of a family, one row for each network of these seeds and each noise.
+    def of_seed(self, family: Family, seed: int) -> list[Arm]:
+        """Its arms of a training seed: several where denoisers have seeds of their own."""
+        return [arm for arm in self.families[family] if arm.classifier.facts["seed"] == seed]
 
-        shown: conditions that are alike but for the noise."""
-        arms = sorted(self.families[family], key=lambda arm: arm.classifier.facts["seed"])
-        members = [
-            (arm, condition) for arm in arms if arm.classifier.facts["seed"] in seeds for condition in shown
-        ]
+    def _reading(self, members: tuple[tuple[Arm, Condition], ...], level: str) -> comparisons.Reading:
+        """The scores of arms of one family, a row for each of them and its condition."""
+        targets = self.family_targets(members[0][0].family, level)
         scores = np.array([self.answer(arm, condition)[level] for arm, condition in members])
-        targets = np.where(np.isnan(scores).any(axis=0), math.nan, self.family_targets(family, level))
+        scores[:, np.isnan(targets)] = 0
         thresholds = [threshold(arm.classifier, level) for arm, _ in members]
-        return comparisons.read(
-            targets, np.nan_to_num(scores), self.patients[level], thresholds, self.design.seed
-        )
+        return comparisons.read(targets, scores, self.patients[level], thresholds, self.design.seed)
 
     def family_reading(self, family: Family, shown: tuple[Condition, ...], level: str) -> comparisons.Reading:
-        return self.reading(family, shown, level, self.seeds(family))
+        """The scores of a family, a row for each of its arms and each noise.
+
+        shown: conditions that are alike but for the noise."""
+        arms = [arm for seed in self.seeds(family) for arm in self.of_seed(family, seed)]
+        return self.reading(tuple(itertools.product(arms, shown)), level)
 
     def pair(self, one: Shown, other: Shown, level: str) -> tuple[comparisons.Reading, comparisons.Reading]:
-        """Two readings of the same rows by networks of the same training seeds, as far as there are such."""
-        seeds = [self.seeds(shown.family) for shown in (one, other)]
-        common = tuple(sorted(set(seeds[0]) & set(seeds[1])))
-        if common:
-            seeds = [common, common]
-        elif 1 not in map(len, seeds):
-            fewest = min(map(len, seeds))
-            seeds = [own[:fewest] for own in seeds]
-        a, b = (
-            self.reading(shown.family, shown.conditions, level, own)
-            for shown, own in zip((one, other), seeds, strict=True)
-        )
+        """Two readings of the same rows, row by row of the same noise and training seed.
+
+        Seeds that one alone has are left out; without a common one see _matched."""
+        seeds = self.seeds(one.family), self.seeds(other.family)
+        common = [seed for seed in seeds[0] if seed in seeds[1]]
+        rows = [
+            ((arm, condition), (other_arm, other_condition))
+            for seed, other_seed in (zip(common, common, strict=True) if common else _matched(*seeds))
+            for arm, other_arm in _matched(
+                self.of_seed(one.family, seed), self.of_seed(other.family, other_seed)
+            )
+            for condition, other_condition in zip(one.conditions, other.conditions, strict=True)
+        ]
+        a, b = (self.reading(members, level) for members in zip(*rows, strict=True))
         if np.array_equal(a.targets, b.targets, equal_nan=True):
             return a, b
         targets = np.where(np.isnan(a.targets), math.nan, b.targets)
@@ -236,14 +242,16 @@ class Study:
 
     def null_auc(self, family: Family, level: str) -> float:
         """AUC of the slices' position alone; of scans that of the position that is likeliest ill."""
-        null = self.null(family.task, self.families[family][0].classifier)
+        facts = self.families[family][0].classifier.facts
+        null = self.null(family.task, tuple(facts["assume_absent"]))
         if level == "scan":
             null = metrics.scan_scores(null, self.pack.series_of)
         return metrics.auc(*known_rows(self.family_targets(family, level), null))
 
-    def _null(self, task: str, classifier: Network) -> np.ndarray:
+    def _null(self, task: str, assume_absent: tuple[str, ...]) -> np.ndarray:
         """(N,) how often training was positive at a slice's height; NaN without training data."""
-        return TASKS[task].positive(positional_nulls(self.data, "test", classifier.facts))
+        facts = {"task": task, "assume_absent": assume_absent}
+        return TASKS[task].positive(positional_nulls(self.data, "test", facts))
 
     @functools.cached_property
     def strata(self) -> dict[str, np.ndarray]:
@@ -278,10 +286,14 @@ class Study:
         }
 
 
+def _matched(one: Sequence, other: Sequence) -> Iterator[tuple]:
+    """Pairs in order; of different numbers each with each, so that the mean of differences is that of all."""
+    return zip(one, other, strict=True) if len(one) == len(other) else itertools.product(one, other)
+
+
 def threshold(classifier: Network, level: str) -> float:
     """That of the checkpoint; NaN where validation chose none."""
-    value = classifier.facts["thresholds"][level]["value"]
-    return math.nan if value is None else value
+    return stored_number(classifier.facts, "thresholds", level)
 
 
 def dose_facts(dose_model: str, dose: float) -> dict[str, Any]:

@@ -36,6 +36,7 @@ MIN_FRACTION = 0.005  # of the picture; real slices, even of hollow phantoms, ha
 JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini"}
 SKIPPED = "nothing to do, it is skipped"
 ASSUMED_HU = "values that are not plausible as HU were taken as HU (--assume-hu)"
+ASSUMED_WINDOW = "grey levels were taken as HU of an assumed window (--assume-window)"
 
 
 class ScanError(ValueError):
@@ -75,6 +76,8 @@ class Job(NamedTuple):
     case: str
     inputs: Any  # whatever the reader's `read` needs; picklable
     assume_hu: bool = False  # take values that hu_fault doubts as they are, and say so in the repairs
+    # centre and width in HU that 8-bit pictures are taken to have been windowed with, said so in the repairs
+    assume_window: tuple[float, float] | None = None
 
 
 class Reader(NamedTuple):

@@ -16,9 +16,10 @@ from array_sets import fingerprint
 from dataset import load_pack, read_metadata, read_slices, window_hu, write_scan
 from phantom import generate_phantom
 from picture_sets import PICTURE_READERS, painted_lesion, read_picture
+from scans import read_scan
 from stage import InputError, write_json
 from tests.reading import codes, read_all, read_error, read_one
-from volumes import ASSUMED_HU, LABEL_NAMES, ScanError
+from volumes import ASSUMED_HU, ASSUMED_WINDOW, LABEL_NAMES, ScanError
 
 SIZE = 64
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -468,3 +469,19 @@ def test_written_scan_holds_what_was_read_and_load_pack_refuses_it(tmp_path, pha
     write_json(tmp_path / "out" / "splits.json", {"hash": "x", "patients": {scan.patient_id: "test"}})
     with pytest.raises(InputError, match="windowed 8-bit images have no HU"):
         load_pack(tmp_path / "out", "test", 32)
+
+
+def test_pictures_of_an_assumed_window_become_its_hu_and_say_so(tmp_path, phantoms):
+    grey, lesion = phantoms["Bleeding"]
+    write_class(tmp_path / "External_Test", "Bleeding", grey[:1], lesion[:1])
+    jobs, _ = PICTURE_READERS["brain-stroke"].discover(tmp_path)
+    scan = read_scan(jobs[0]._replace(assume_window=(40.0, 80.0)))
+    assert scan.intensity == "hu"
+    assert ASSUMED_WINDOW in scan.repairs[0]
+    np.testing.assert_array_equal(scan.hu[0], np.rint(grey[0] * (80 / 255)))
+    assert scan.hu.max() > 60
+    np.testing.assert_array_equal(scan.mask, read_scan(jobs[0]).mask)
+    folder = write_scan(scan, tmp_path / "out" / "test")
+    write_json(tmp_path / "out" / "splits.json", {"hash": "x", "patients": {scan.patient_id: "test"}})
+    assert load_pack(tmp_path / "out", "test", 32).image.max() <= 80
+    assert read_metadata(folder)["slices"][0]["repairs"] == scan.repairs[0]

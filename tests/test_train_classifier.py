@@ -44,7 +44,7 @@ def with_denoiser(split_data, tmp_path):
         [*SMALL, *TWO_STAGE],
         [*TOY, "--model", "statistics"],
     ],
-    ids=["slices", "cnn-bilstm", "two-stage"],
+    ids=["slices", "cnn-bilstm", "two-stage", "statistics"],
 )
 def test_every_task_trains_and_its_checkpoint_answers_for_slices_and_scans(
     split_data, tmp_path, task, options

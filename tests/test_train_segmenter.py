@@ -1,6 +1,7 @@
 """The segmenter stage: every network, objective and input through its command line, at toy size."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +10,20 @@ from PIL import Image
 
 import checkpoints
 import lesions
+import prepare_dataset
+import split_dataset
 import stage
 import train_classifier
 import train_denoiser
 import train_segmenter
 from anatomy import LESION_CLASSES
-from dataset import Batches, load_pack, read_metadata, read_slices, series_folders
+from dataset import Batches, load_pack, read_metadata, read_slices, series_folders, window_hu
 from inference import load_classifier, load_denoiser, load_segmenter, segment
 from losses import SEGMENTATION_LOSSES
+from phantom import generate_phantom
 from reading_inputs import ReadingInputs
 from slice_files import write_npz
+from tests import test_nifti_series, test_picture_sets
 from train_segmenter import Validation, dice_of_classes, mean_known, sampling_weights
 from weights import freeze
 
@@ -392,3 +397,34 @@ def test_dice_of_classes_leaves_unknown_kinds_out():
 def test_mean_known_of_nothing_is_unknown():
     values = np.array([[1.0, np.nan, np.nan], [3.0, 5.0, np.nan]])
     np.testing.assert_array_equal(mean_known(values), [2, 5, np.nan])
+
+
+# ---------------------------------------------------------------- sets of the field
+
+
+def write_brain_stroke(root: Path) -> None:
+    for seed, (name, kinds) in enumerate(
+        {"Bleeding": ["intraparenchymal"], "Ischemia": ["ischemia"], "Normal": []}.items()
+    ):
+        made = generate_phantom(seed + 20, size=48, slices=24, lesions=kinds)
+        keep = np.flatnonzero(made.mask.any(axis=(1, 2))) if kinds else np.arange(9, 15)
+        grey = np.rint(window_hu(made.hu[keep].astype(float), 40, 80) * 255).astype(np.uint8)
+        test_picture_sets.write_class(root, name, grey, made.mask[keep] > 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "write", "options"),
+    [
+        ("bhsd", test_nifti_series.write_bhsd, []),
+        ("ct-ich", test_nifti_series.write_ct_ich, []),
+        ("brain-stroke", write_brain_stroke, ["--assume-window", 40, 80]),
+    ],
+)
+def test_sets_of_the_field_train_through_the_same_commands(tmp_path, source, write, options):
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    write(raw)
+    prepare_dataset.main(["--source", source, "--input", raw, "--out", data, "--max-reject", 1, *options])
+    split_dataset.main(["--data", data, "--fractions", 0.5, 0.5, 0])
+    run(data, tmp_path / "out", *SMALL)
+    facts = checkpoints.load(tmp_path / "out" / "segmenter.pt", "segmenter")
+    assert 0 <= facts["validation"]["dice"] <= 1
