@@ -198,7 +198,7 @@ def show_card(folders: Folders, name: str, card: dict) -> None:
             st.caption(f"Threshold per {level}: {chosen} · {plain_text(origin)}")
     with right, st.container(border=True):
         st.markdown("**Validation**")
-        st.dataframe(as_table(card["validation"]), hide_index=True, height=210)
+        st.dataframe(as_table(card["validation"]), hide_index=True)
         st.markdown("**Settings**")
         st.dataframe(as_table(card["config"]), hide_index=True, height=260)
         versions = card.get("versions", {})
@@ -217,6 +217,10 @@ def as_table(facts: dict) -> pd.DataFrame:
     """Names and values as text, for whatever a card holds."""
 
     def text(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        if value is None or value == []:
+            return "none"
         return value if isinstance(value, str) else json.dumps(value)
 
     rows = [(key.replace("_", " "), text(value)) for key, value in facts.items()]

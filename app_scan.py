@@ -175,7 +175,7 @@ def choose_request(
         denoiser = None
         if networks.denoisers:
             names = [one.name for one in networks.denoisers]
-            name = st.selectbox("Denoiser", [*names, "none"], key="own-denoiser", width=180)
+            name = st.selectbox("Denoiser", [*names, "none"], key="own-denoiser", width=150)
             denoiser = networks.denoisers[names.index(name)] if name in names else None
         arm = choose_pipeline(arms_of(denoiser, networks.classifiers))
         of_class = threshold = None
@@ -190,13 +190,14 @@ def choose_request(
                 0.005,
                 format="%.3f",
                 key=f"own-threshold-{arm.classifier.name}",
-                width=220,
+                width=180,
                 help="at first the one of the checkpoint, chosen on validation patients",
             )
             of_class = st.selectbox(
-                "Grad-CAM of", ["none", *facts["classes"]], 1, key=f"own-class-{facts['classes']}", width=150
+                "Grad-CAM of", ["none", *facts["classes"]], 1, key=f"own-class-{facts['classes']}", width=120
             )
         dose = choose_dose(denoiser, arm, study_of(folders).noise_seed)
+        reference = choose_reference(opened, dose)
     segmenter = networks.segmenters[0] if networks.segmenters else None
     always = False
     with st.container(horizontal=True, gap="medium"):
@@ -207,7 +208,6 @@ def choose_request(
     if not networks.found:
         st.info("No checkpoint yet: shown is the scan alone. These train them:")
         st.code("\n".join(networks.missing), language="bash")
-    reference = choose_reference(opened, dose)
 
     def network(one: Checkpoint | None) -> Network | None:
         if one is None:
@@ -245,7 +245,7 @@ def choose_pipeline(arms: list[Arm]) -> Arm | None:
         label: f"{label}: {LEGEND[arm.name].replace('low dose -> ', '').replace('->', '→')}"
         for label, arm in zip(labels, arms, strict=True)
     }
-    label = st.selectbox("Pipeline", labels, format_func=titles.get, key="own-pipeline", width=330)
+    label = st.selectbox("Pipeline", labels, format_func=titles.get, key="own-pipeline", width=290)
     return arms[labels.index(label)]
 
 
@@ -259,7 +259,7 @@ def choose_dose(denoiser: Checkpoint | None, arm: Arm | None, seed: int) -> Dose
         [AS_IT_IS, *doses],
         format_func=lambda dose: dose if dose == AS_IT_IS else f"simulate {dose_text(model, dose)}",
         key=f"own-dose-{model}",
-        width=230,
+        width=190,
     )
     return None if dose == AS_IT_IS else Dose(model, dose, seed)
 
@@ -268,7 +268,7 @@ def choose_reference(opened: Opened, dose: Dose | None) -> Scan | None:
     """The same slices at another dose, to measure against; a simulated dose has the scan itself."""
     if dose is not None:
         return None
-    with st.expander("Compare with a reference (PSNR, SSIM)"):
+    with st.popover("Reference", help="to measure PSNR and SSIM against"):
         files = st.file_uploader(
             "The same slices at full dose: zip, NIfTI, DICOM, NPZ, PNG",
             accept_multiple_files=True,
@@ -307,11 +307,11 @@ def ask(opened: Opened, request: Request, reference: Scan | None, source: tuple)
         return known[1]
     if not request.networks and request.dose is None and reference is None:
         return None
+    place = st.empty()
     if st.session_state.get("own-asked") != identity(source):
-        if not st.button("Denoise and read", type="primary", icon=":material/play_arrow:"):
+        if not place.button("Denoise and read", type="primary", icon=":material/play_arrow:"):
             return None
         st.session_state["own-asked"] = identity(source)
-    place = st.empty()
     with place.container():
         bar = st.progress(0.0, "Starting")
         st.button("Cancel", on_click=lambda: st.session_state.pop("own-asked", None))
@@ -369,7 +369,7 @@ def show_outcome(opened: Opened, outcome: Outcome | None, request: Request, arm:
         notes=["; ".join(texts) for texts in scan.repairs],
         start=start,
         differences=differences,
-        panes=min(3, len(layers) + bool(differences)) if outcome is not None else 1,
+        panes=2 if differences else 1,
     )
     canvas.show(canvas.pack(view), "own-viewer")
     tilt = f" · gantry tilt {scan.gantry_tilt_deg:.1f}°" if scan.gantry_tilt_deg else ""

@@ -38,11 +38,6 @@ class Arm(NamedTuple):
         return self.classifier.facts["task"]
 
     @property
-    def on_subset(self) -> bool:
-        """Is it tried on some of the test patients only?"""
-        return self.denoiser is not None and is_classical(self.denoiser)
-
-    @property
     def family(self) -> Family:
         before = None if self.denoiser is None else family_name(self.denoiser.path)
         return Family(self.task, self.name, before, family_name(self.classifier.path))
@@ -122,7 +117,10 @@ def load_networks(
 
 
 def plan_arms(networks: Networks) -> tuple[list[Arm], list[str]]:
-    """(what can be run, in the order of LEGEND, behind classical denoisers last; what is left out and why)."""
+    """(what can be run, in the order of LEGEND; what is left out and why).
+
+    Arms behind classical denoisers, which see a part of the patients, are last: the first one, to which the
+    others are compared, sees all."""
     arms, left_out = [], []
     for classifier in networks.classifiers:
         direct, through = PIPELINES[classifier.facts["input"]]
@@ -148,8 +146,8 @@ def plan_arms(networks: Networks) -> tuple[list[Arm], list[str]]:
                 f"pipeline {missing}: no classifier trained on {kind} slices "
                 f"(run train_classifier.py --input {kind})"
             )
-    # those behind classical ones see a part of the patients: the first arm, to which others are compared, all
-    arms.sort(key=lambda arm: (arm.on_subset, list(LEGEND).index(arm.name)))
+    classical = [denoiser for denoiser in networks.denoisers if is_classical(denoiser)]
+    arms.sort(key=lambda arm: (arm.denoiser in classical, list(LEGEND).index(arm.name)))
     return arms, left_out
 
 

@@ -267,7 +267,8 @@ class Viewer {
     const count = this.state.panes;
     let best = null;
     for (let columns = count; columns >= 1; columns--) {
-      const rows = Math.ceil(count / columns);
+      if (count % columns) continue; // no empty place
+      const rows = count / columns;
       const side = Math.min(width / columns, (rows > 1 && !full ? most * 1.1 : most) / rows);
       if (!best || side > best.side * 1.15) best // a single row leaves more of the page in sight
         = { columns, rows, side };

@@ -1,9 +1,11 @@
-"""A mask -> a DICOM segmentation object of the series that it was drawn on, through highdicom (optional)."""
+"""What a network made of a DICOM series -> DICOM of the same study: slices as a derived series, a mask as a
+segmentation object through highdicom (optional)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -37,7 +39,7 @@ SOURCE_TAGS = (
 BLOOD = LESION_CLASSES[:5]
 INFARCT = Code("55641003", "SCT", "Infarct")  # SNOMED CT, morphologic abnormality; pydicom's list has none
 MANUFACTURER = "research software, not a medical device"
-SERIES_NUMBER = 9000  # far above those of a scanner
+SERIES_NUMBER, DERIVED_SERIES_NUMBER = 9000, 9001  # far above those of a scanner
 
 
 class Software(NamedTuple):
@@ -124,11 +126,7 @@ def _sources(files: Sequence[str | Path]) -> list[pydicom.Dataset]:
     """What a segmentation has to know of the slices; what sparse headers leave out is filled in."""
     found = [open_dicom(str(file), SOURCE_TAGS) for file in files]
     for file, slice_ in zip(files, found, strict=True):
-        missing = [tag for tag in NEEDED_TAGS if slice_.get(tag) in (None, "")]
-        if missing:
-            raise InputError(
-                f"{shown(file)}: {missing[0]} is missing, no DICOM SEG can refer to it (--mask-format nifti)"
-            )
+        _check_needed(file, slice_, "no DICOM SEG can refer to it (--mask-format nifti)")
     first = found[0]
     corners = np.array([slice_.ImagePositionPatient for slice_ in found], float)
     stack = stack_geometry(
@@ -151,6 +149,12 @@ def _sources(files: Sequence[str | Path]) -> list[pydicom.Dataset]:
     return found
 
 
+def _check_needed(file: str | Path, slice_: pydicom.Dataset, why: str) -> None:
+    missing = [tag for tag in NEEDED_TAGS if slice_.get(tag) in (None, "")]
+    if missing:
+        raise InputError(f"{shown(file)}: {missing[0]} is missing, {why}")
+
+
 def _description(highdicom: ModuleType, number: int, name: str, drawn_by: Software):
     if name in BLOOD:
         kind, label = codes.SCT.Hemorrhage, f"{name} hemorrhage"
@@ -171,3 +175,87 @@ def _description(highdicom: ModuleType, number: int, name: str, drawn_by: Softwa
         ),
         anatomic_regions=[codes.SCT.Brain],
     )
+
+
+# ---------------------------------------------------------------- slices
+
+# Of the patient, the study and how the scan was made; nothing else of a source's header goes on
+KEPT_TAGS = (
+    *("SpecificCharacterSet", *IDENTITY_TAGS, "StudyInstanceUID", "PatientPosition", "BodyPartExamined"),
+    *("FrameOfReferenceUID", "PositionReferenceIndicator", "AcquisitionDate", "AcquisitionTime"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "KVP"),
+    *("GantryDetectorTilt", "AcquisitionNumber", "ConvolutionKernel", "Rows", "Columns"),
+)
+# What an archive wants to be there, be it empty
+EMPTY_TAGS = (
+    *(*IDENTITY_TAGS, "PatientPosition"),
+    *("PositionReferenceIndicator", "SliceThickness", "KVP", "AcquisitionNumber"),
+)
+STORED_INTERCEPT = -1024  # stored 0; 12 bits hold -1024..3071 HU, as a scanner's do
+
+
+def write_derived_series(
+    folder: str | Path,
+    files: Sequence[str | Path],
+    hu: np.ndarray,
+    made_by: Software,
+    description: str = "denoised by a network, research use only",
+) -> list[Path]:
+    """Write slices as a CT series of their own in the study of the series that they were made of.
+
+    files: of that series, one per slice in the order of hu, as dicom_series.read_pixels has them. hu: (S, H,
+    W) HU, rounded and clipped to -1024..3071. Writes <folder>/<number>.dcm, atomically, and returns them.
+    UIDs are new, each slice names its source, and lies where its source lies. Raises InputError for a source
+    without a position, ScanError for one that cannot be read, ValueError for another shape."""
+    if hu.ndim != 3 or len(files) != len(hu):
+        raise ValueError(f"{shown(folder)}: {len(files)} files for slices of shape {hu.shape}")
+    series, written = pydicom.uid.generate_uid(), []
+    now = datetime.now()
+    with quiet_pydicom():
+        for number, (file, image) in enumerate(zip(files, hu, strict=True), start=1):
+            source = open_dicom(str(file), (*KEPT_TAGS, *NEEDED_TAGS))
+            _check_needed(file, source, "no slice can be derived from it")
+            if (source.Rows, source.Columns) != image.shape:
+                raise ValueError(f"{shown(file)}: is not {image.shape} as the derived slices are")
+            slice_ = _derived(source, image, number, made_by)
+            slice_.SeriesInstanceUID, slice_.SeriesDescription = series, description
+            slice_.ContentDate, slice_.ContentTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
+            path = Path(folder) / f"{number:05d}.dcm"
+            with atomic_write(path, "wb") as opened:
+                slice_.save_as(opened, enforce_file_format=True)
+            written.append(path)
+    return written
+
+
+def _derived(source: pydicom.Dataset, hu: np.ndarray, number: int, made_by: Software) -> pydicom.Dataset:
+    made = pydicom.Dataset()
+    for tag in (*KEPT_TAGS, *EMPTY_TAGS):
+        if tag in source and source.get(tag) not in (None, ""):
+            made[tag] = source[tag]
+        elif tag in EMPTY_TAGS:
+            setattr(made, tag, None)
+    if "BodyPartExamined" not in made:
+        made.BodyPartExamined = "HEAD"
+    if "FrameOfReferenceUID" not in made:
+        made.FrameOfReferenceUID = pydicom.uid.generate_uid(entropy_srcs=[str(source.StudyInstanceUID)])
+    made.SOPClassUID, made.SOPInstanceUID = CT_IMAGE, pydicom.uid.generate_uid()
+    made.Modality, made.SeriesNumber, made.InstanceNumber = "CT", DERIVED_SERIES_NUMBER, number
+    made.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    made.Manufacturer, made.ManufacturerModelName = MANUFACTURER, made_by.name
+    made.SoftwareVersions, made.BurnedInAnnotation = made_by.version, "NO"
+    made.DerivationDescription = f"denoised by {made_by.name} {made_by.version}; {MANUFACTURER}"
+    reference = pydicom.Dataset()
+    reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = CT_IMAGE, source.SOPInstanceUID
+    made.SourceImageSequence = pydicom.Sequence([reference])
+    made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
+    made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelRepresentation = 16, 12, 11, 0
+    made.RescaleIntercept, made.RescaleSlope, made.RescaleType = STORED_INTERCEPT, 1, "HU"
+    made.WindowCenter, made.WindowWidth = 40, 80
+    stored = (np.rint(hu) - STORED_INTERCEPT).clip(0, 2**12 - 1).astype("<u2")
+    made.PixelData = stored.tobytes()
+    made["PixelData"].VR = "OW"
+    made.file_meta = pydicom.dataset.FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID
+    made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
+    return made

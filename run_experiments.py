@@ -35,10 +35,10 @@ import training
 from arms import Networks, agree, load_networks, plan_arms, plan_outlines
 from artifacts import ARTIFACTS, SEVERITIES, check_severity
 from cells import Cells
-from dataset import load_pack
+from dataset import load_pack, native_size
 from dose import DOSE_MODELS
 from inference import LEGEND, check_patients
-from low_dose import check_doses
+from low_dose import LowDose, check_doses
 from models import CLASSICAL
 from scoring import write_table
 from study import Design, Study
@@ -138,11 +138,13 @@ def make_design(args, networks: Networks) -> Design:
     """What is compared, checked before anything slow starts. Raises InputError or ValueError."""
     if args.severities is not None and not args.stress:
         raise stage.InputError("--severities: says how strong --stress is (give --stress, or leave it out)")
-    severities = sorted(args.severities or SEVERITIES)
+    severities = sorted(set(args.severities or SEVERITIES))
     for severity in severities:
         check_severity(severity)
-    if not 0 < args.prevalence < 1:
-        raise stage.InputError(f"--prevalence {args.prevalence:g}: must be in (0, 1)")
+    for name in ("prevalence", "margin_auc", "margin_sens"):
+        value = getattr(args, name)
+        if not 0 < value < 1:
+            raise stage.InputError(f"--{name.replace('_', '-')} {value:g}: must be in (0, 1)")
     trained = [network.facts["dose_model"] for network in networks.trained]
     models = args.dose_model or [next(filter(None, trained), training.DOSE_MODEL)]
     return Design(
@@ -163,12 +165,13 @@ def make_design(args, networks: Networks) -> Design:
 def load_sets(args, networks: Networks, design: Design) -> tuple[dict[str, Study], list[str]]:
     """(the study of each --data by its path, what is left out and why).
 
-    Raises InputError if networks do not fit each other, or were trained on test patients."""
+    Raises InputError if networks do not fit each other, or were trained on test patients, if a real low dose
+    is not there, or if there is nothing to run."""
     arms, left_out = plan_arms(networks)
-    if not networks.denoisers and not arms and not networks.segmenters:
-        raise stage.InputError(f"{args.models}: nothing to run; {left_out[0]}")
-    size = agree(networks.trained, "size")
     outlines = plan_outlines(networks)
+    if args.stress and not arms:
+        raise stage.InputError(f"--stress: is for classifiers (leave it out); {left_out[0]}")
+    size = agree(networks.trained, "size") if networks.trained else native_size(args.data[0], "test")
     sets = {}
     for data in dict.fromkeys(args.data):
         pack = load_pack(data, "test", size)
@@ -176,8 +179,15 @@ def load_sets(args, networks: Networks, design: Design) -> tuple[dict[str, Study
         sets[str(data)] = Study(
             data, Cells(args.out / "cells", pack, args.mask, args.seed), design, networks, arms, outlines
         )
-    if outlines and next(iter(sets.values())).pack.mask is None:
-        left_out.append("segmenters: not every test series has a lesion mask (prepare data with masks)")
+    first, *others = sets.values()
+    for model, doses in design.ladders.items():
+        LowDose(first.pack, model, doses)  # real low doses may not be there
+    for other in others:
+        LowDose(other.pack, design.main_model, [design.reference(design.main_model)])
+    if outlines and not first.outlines:
+        left_out.insert(0, "segmenters: not every test series has a lesion mask (prepare data with masks)")
+    if not (networks.denoisers or arms or first.outlines):
+        raise stage.InputError(f"{args.models}: nothing to run; {left_out[0]}")
     return sets, left_out
 
 
@@ -239,10 +249,11 @@ def say_results(study: Study, rows: list[dict], found: dict[str, list[dict]], le
     """What a reader wants first: the table, the verdicts, the answer."""
     kind = "the image" if study.pack.truth is None else "the noise-free truth"
     patients, names = len(set(study.patients["slice"].tolist())), ", ".join(study.design.ladders)
+    low, high = metrics.RANGE_HU
     stage.say(
         f"{patients} test patients, {len(study.pack)} slices, dose model {names}. "
         f"Image quality inside the {study.design.mask} against {kind}, PSNR and SSIM over "
-        f"{rows[0]['range_hu']} HU. AUC with 95 % intervals from a bootstrap over patients."
+        f"{low:g}..{high:g} HU. AUC with 95 % intervals from a bootstrap over patients."
     )
     print_table(rows)
     for name in LEGEND:
@@ -273,9 +284,7 @@ def main(argv: list[str] | None = None) -> None:
             dist.barrier()
             if place.rank:
                 return
-        found = tables.all_tables(study)
-        if others:
-            found["external"] = tables.external(sets)
+        found = tables.all_tables(sets)
         manifest = {
             "data": str(args.data[0]),
             "other_data": [str(data) for data in args.data[1:]],
@@ -296,9 +305,13 @@ def main(argv: list[str] | None = None) -> None:
         write_table(args.out / "experiments.csv", tables.COLUMNS, rows)
         stage.write_json(args.out / "experiments.json", {"manifest": manifest, "rows": rows})
         for name, own in found.items():
+            files = [args.out / "tables" / f"{name}.{kind}" for kind in ("csv", "json")]
             if own:
-                write_table(args.out / "tables" / f"{name}.csv", list(own[0]), own)
-                stage.write_json(args.out / "tables" / f"{name}.json", own)
+                write_table(files[0], list(own[0]), own)
+                stage.write_json(files[1], own)
+            else:  # one of an earlier run would pass for this one's
+                for file in files:
+                    file.unlink(missing_ok=True)
         files = report.write(args.out, study, manifest, {"experiments": rows, **found})
     say_results(study, rows, found, left_out)
     for path in [args.out / "experiments.csv", args.out / "experiments.json", args.out / "tables", *files]:

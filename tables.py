@@ -1,7 +1,7 @@
 """The tables of a study: each a function from a study.Study to a list of flat dicts.
 
-Numbers of a family are means over its networks, and their intervals of 95 % are of the patients; the SD over
-networks stands beside them. TABLES holds every table by the name of its file."""
+Numbers of a family are means over its networks (with several noises: networks times noises), and their
+intervals of 95 % are of the patients; the SD over them stands beside. NAMES are those of the files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import intervals
 import lesions
 import metrics
 import stage
-from arms import Arm, Family
+from arms import Arm, Family, Outline
 from calibration import brier, expected_calibration_error
-from cells import Cell
+from cells import Cell, Condition
+from segmented import GAIN, dice_gain
 from study import LEVELS, PRIMARY_LEVEL, Shown, Study, dose_facts, threshold
 
 DOSE_COLUMNS = ("dose_model", "dose", "dose_fraction", "sigma_hu")
@@ -63,15 +64,14 @@ def network_rows(study: Study) -> list[dict]:
         if not study.arms:
             rows += [
                 about
-                | _counts(study.patients["slice"])
+                | _counts(study.patients["slice"][study.places(study.subset(denoiser), "slice")])
                 | images[denoiser]
                 | {"arm": "denoised", "denoiser": denoiser.path.name}
                 for denoiser in study.networks.denoisers
             ]
         for arm in study.arms:
             for level in LEVELS:
-                found = study.answer(arm, condition)[level]
-                targets = np.where(np.isnan(found), math.nan, study.family_targets(arm.family, level))
+                targets = study.family_targets(arm.family, level)
                 known, own = ~np.isnan(targets), threshold(arm.classifier, level)
                 slices = known if level == "slice" else known[study.pack.series_of]
                 rows.append(
@@ -90,7 +90,7 @@ def network_rows(study: Study) -> list[dict]:
                     | images[arm.denoiser]
                     | metrics.classification(
                         targets,
-                        np.nan_to_num(found),
+                        study.answer(arm, condition)[level],
                         study.patients[level],
                         threshold=own,
                         seed=study.design.seed,
@@ -99,8 +99,8 @@ def network_rows(study: Study) -> list[dict]:
     return [{column: row.get(column) for column in COLUMNS} for row in rows]
 
 
-def _number(value: float | None) -> float:
-    """A number of a cell, in which null stands for NaN."""
+def _number(value: Any) -> Any:
+    """A value of a cell, in which null stands for NaN."""
     return math.nan if value is None else value
 
 
@@ -128,6 +128,7 @@ def image_quality(study: Study) -> list[dict]:
             )
             figures = {name: np.array(values, float) for name, values in own["patients"].items()}
             routine_sd = np.array(routine["patients"]["noise_sd_hu"], float)
+            routine_sd[routine_sd == 0] = math.nan  # without truth it is the reference, and has no error
             figures["noise_sd_ratio"] = figures["noise_sd_hu"] / routine_sd
             observed = study.cells.load(Cell(condition, denoiser, "observer", None, few))
             rows.append(
@@ -198,35 +199,42 @@ def noise_spectra(study: Study) -> list[dict]:
 
 
 def segmentation(study: Study) -> list[dict]:
-    """lesions.summarise of every segmenter, dose and denoiser, of the first noise; dice_gain of denoising."""
+    """lesions.summarise of every segmenter, dose and denoiser, of the first noise.
+
+    dice_gain: by the denoiser, where the segmenter reads the low dose itself too."""
     rows = []
     for one in study.outlines:
         for condition in study.design.conditions():
             if condition.noise_seed != study.design.noise_seeds[0]:
                 continue
-            few = study.subset(one.denoiser)
-            cell = Cell(condition, one.denoiser, "segmenter", one.segmenter, few)
-            reports = [
-                {name: _known(value) for name, value in report.items()}
-                for report in study.cells.load(cell)["reports"]
-            ]
-            series = np.unique(study.pack.series_of[study.cells.rows(few)])
-            patients = study.patients["scan"][series]
+            series = study.places(study.subset(one.denoiser), "scan")
+            patients, reports = study.patients["scan"][series], _reports(study, one, condition)
+            plain, gain = one._replace(denoiser=None), [math.nan] * len(GAIN)
+            if one.denoiser is not None and plain in study.outlines:
+                before = [_reports(study, plain, condition)[number] for number in series]
+                gain = dice_gain(before, reports, patients, study.design.seed)
             rows.append(
                 dose_facts(condition.dose_model, condition.dose)
                 | {"segmenter": one.segmenter.path.name}
                 | {"denoiser": "none" if one.denoiser is None else one.denoiser.path.name}
                 | lesions.summarise(reports, patients, seed=study.design.seed)
+                | dict(zip(GAIN, gain, strict=True))
             )
     return rows
 
 
-def _known(value: Any) -> Any:
-    """A value of a report as it was before it became JSON: only the size may be unknown."""
-    return math.nan if value is None else value
+def _reports(study: Study, one: Outline, condition: Condition) -> list[dict[str, Any]]:
+    """lesions.case_report of each scan that is read."""
+    cell = Cell(condition, one.denoiser, "segmenter", one.segmenter, study.subset(one.denoiser))
+    return [
+        {name: _number(value) for name, value in report.items()}
+        for report in study.cells.load(cell)["reports"]
+    ]
 
 
 # ---------------------------------------------------------------- families across doses
+
+HOLM_FAMILY = ("task", "dose_model", "level", "kind")  # rows that agree in these answer one question
 
 
 def _each(study: Study) -> Iterator[tuple[Family, str, str, float, Shown]]:
@@ -252,7 +260,7 @@ def dose_response(study: Study) -> list[dict]:
         targets = reading.known[0]
         rows.append(
             study.subject(family, level, model, dose)
-            | {"n_networks": len(reading.scores), "n": len(targets), "n_positive": int(targets.sum())}
+            | {"n_networks": len(study.families[family]), "n": len(targets), "n_positive": int(targets.sum())}
             | {"n_patients": len(np.unique(reading.known[2]))}
             | _estimates(comparisons.estimates(reading))
             | {"auc_null": study.null_auc(family, level)}
@@ -263,7 +271,8 @@ def dose_response(study: Study) -> list[dict]:
 def against_reference(study: Study) -> list[dict]:
     """Each family at each dose less the reference: differences, p with Holm's correction, non-inferiority.
 
-    The correction is for all tests of a task, dose model, level and kind of number."""
+    The correction is for all tests of a task, dose model, level and kind of number. is_reference: the row of
+    the reference itself, which is no test."""
     rows = []
     for family, level, model, dose, shown in _each(study):
         reference = study.reference(family.task, model)
@@ -273,12 +282,12 @@ def against_reference(study: Study) -> list[dict]:
             rows.append(
                 study.subject(family, level, model, dose)
                 | {"reference": study.labels[reference.family]}
-                | {"reference_dose": study.design.reference(model)}
+                | {"reference_dose": study.design.reference(model), "is_reference": shown == reference}
                 | row
                 | {"margin": margin, "outcome": comparisons.outcome(difference, margin)}
                 | {"power": comparisons.power(difference, margin)}
             )
-    return comparisons.with_holm(rows, ("task", "dose_model", "level", "kind"))
+    return comparisons.with_holm(rows, (*HOLM_FAMILY, "is_reference"))
 
 
 def between_arms(study: Study) -> list[dict]:
@@ -291,7 +300,7 @@ def between_arms(study: Study) -> list[dict]:
         for row in study.compare(shown, Shown(first, shown.conditions), level).rows():
             against = {"against": study.labels[first]}
             rows.append(study.subject(family, level, model, dose) | against | row)
-    return comparisons.with_holm(rows, ("task", "dose_model", "level", "kind"))
+    return comparisons.with_holm(rows, HOLM_FAMILY)
 
 
 def verdicts(study: Study) -> list[dict]:
@@ -338,13 +347,17 @@ def strata(study: Study) -> list[dict]:
 
 
 def flips(study: Study) -> list[dict]:
-    """Scans whose call changes between the highest dose and a lower one, within each family."""
+    """Scans whose call changes between the highest dose and a lower one, within each family.
+
+    None of a family in which a network has no threshold, and so calls nothing."""
     rows = []
     for family, level, model, dose, shown in _each(study):
         if level != PRIMARY_LEVEL or dose == study.design.reference(model):
             continue
         highest = study.ladder(family, model)[0][1]
         before, after = (study.family_reading(family, one.conditions, level) for one in (highest, shown))
+        if np.isnan(before.thresholds).any():
+            continue
         found = comparisons.flips(before, after)
         for change, own in (("lost", found.lost), ("gained", found.gained)):
             for flip in own:
@@ -376,14 +389,16 @@ def calibration(study: Study) -> list[dict]:
     return rows
 
 
-def seeds(study: Study) -> list[dict]:
-    """dose, seed, acc, auc, sens, spec, prec, f1 of every network, at each dose and level."""
-    names = ("dose", "seed", "acc", "auc", "sens", "spec", "prec", "f1", "arm", "level", "noise_seed")
-    return [
-        {name: row.get(name, row["train_seed"]) for name in names} | {"classifier": row["classifier"]}
-        for row in network_rows(study)
-        if row["level"] is not None
-    ]
+SEED_COLUMNS = (
+    *("dose", "seed", "acc", "auc", "sens", "spec", "prec", "f1"),
+    *("dose_model", "arm", "denoiser", "classifier", "task", "level", "noise_seed"),
+)
+
+
+def seeds(rows: list[dict]) -> list[dict]:
+    """SEED_COLUMNS of every network, at each dose and level. rows: of network_rows."""
+    named = ({"seed": row["train_seed"], **row} for row in rows if row["level"] is not None)
+    return [{name: row[name] for name in SEED_COLUMNS} for row in named]
 
 
 def stress(study: Study) -> list[dict]:
@@ -419,14 +434,16 @@ TABLES: dict[str, Callable[[Study], list[dict]]] = {
     "image_quality": image_quality,
     "noise_spectra": noise_spectra,
     "segmentation": segmentation,
-    "seeds": seeds,
     "stress": stress,
 }
+NAMES = (*TABLES, "seeds", "external")
 
 
-def all_tables(study: Study) -> dict[str, list[dict]]:
-    """Every table of a study whose grid is full, by name."""
-    return {name: make(study) for name, make in stage.progress(TABLES.items(), desc="tables", unit="table")}
+def all_tables(sets: dict[str, Study]) -> dict[str, list[dict]]:
+    """Every table of NAMES. sets: as for external, their grids full; the other tables are of the first."""
+    study, *others = sets.values()
+    found = {name: make(study) for name, make in stage.progress(TABLES.items(), desc="tables", unit="table")}
+    return found | {"seeds": seeds(found["experiments"]), "external": external(sets) if others else []}
 
 
 # ---------------------------------------------------------------- other test sets

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import shutil
+import subprocess
 
 import numpy as np
 import pydicom
@@ -10,7 +12,7 @@ import pytest
 
 from anatomy import LESION_CLASSES
 from dicom_headers import quiet_pydicom
-from dicom_output import IDENTITY_TAGS, INFARCT, Software, write_segmentation
+from dicom_output import IDENTITY_TAGS, INFARCT, Software, write_derived_series, write_segmentation
 from dicom_series import discover_dicom, read_pixels
 from stage import InputError
 from tests.test_dicom_series import NAME, TILTED, along_z, head_hu, real, write_series, write_slice
@@ -181,3 +183,63 @@ def test_real_ge_head_gets_a_segmentation_in_its_geometry(tmp_path):
     write_segmentation(tmp_path / "x.dcm", first_files(pixels), mask, NAMES, BY)
     found, _ = read_back(tmp_path / "x.dcm", pixels)
     np.testing.assert_array_equal(found, mask)
+
+
+# ---------------------------------------------------------------- derived slices
+
+
+def check_derived(folder, pixels, hu):
+    """Written, read again by our reader, and by the validator where there is one."""
+    written = write_derived_series(folder, first_files(pixels), hu, BY)
+    back = pixels_of(folder)
+    np.testing.assert_array_equal(back.hu, hu)
+    np.testing.assert_allclose(back.stack.affine, pixels.stack.affine, atol=1e-6)
+    for path in written if shutil.which("dciodvfy") else []:
+        told = subprocess.run(["dciodvfy", path], capture_output=True, text=True).stderr
+        assert "Error" not in told, told
+    return [pydicom.dcmread(path) for path in written]
+
+
+def test_derived_series_holds_the_values_in_the_geometry_of_its_source_under_new_uids(tmp_path):
+    pixels = pixels_of(write_series(tmp_path / "in", along_z(0, 5, 10)))
+    hu = pixels.hu + np.arange(3)[:, None, None].astype(np.int16)
+    made = check_derived(tmp_path / "out", pixels, hu.clip(-1024, 3071))
+    sources = [pydicom.dcmread(file) for file in first_files(pixels)]
+    for one, source in zip(made, sources, strict=True):
+        assert (one.PatientName, one.PatientID) == (NAME, source.PatientID)
+        assert one.StudyInstanceUID == source.StudyInstanceUID
+        assert one.ImageType[:2] == ["DERIVED", "SECONDARY"]
+        assert one.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+        assert BY.name in one.DerivationDescription
+    uids = {one.SOPInstanceUID for one in (*made, *sources)}
+    assert len(uids) == 6
+    assert len({one.SeriesInstanceUID for one in made}) == 1
+    assert made[0].SeriesInstanceUID != sources[0].SeriesInstanceUID
+
+
+def test_derived_series_rounds_and_clips_to_what_12_bits_hold(tmp_path):
+    pixels = pixels_of(write_series(tmp_path / "in", along_z(0, 5)))
+    hu = np.full(pixels.hu.shape, 10.4)
+    hu[0, 0, :3] = -2000, 5000, 10.6
+    write_derived_series(tmp_path / "out", first_files(pixels), hu, BY)
+    stored = pydicom.dcmread(tmp_path / "out" / "00001.dcm").pixel_array.astype(int) - 1024
+    assert stored[0, :4].tolist() == [-1024, 3071, 11, 10]
+
+
+def test_derived_series_of_sources_without_position_or_of_another_shape_is_refused(tmp_path):
+    pixels = pixels_of(write_series(tmp_path / "in", along_z(0, 5)))
+    files = first_files(pixels)
+    with pytest.raises(ValueError, match="1 files for slices of shape"):
+        write_derived_series(tmp_path / "out", files[:1], pixels.hu, BY)
+    with pytest.raises(ValueError, match="as the derived slices are"):
+        write_derived_series(tmp_path / "out", files, pixels.hu[:, 1:], BY)
+    slice_ = pydicom.dcmread(files[0])
+    del slice_.ImagePositionPatient
+    slice_.save_as(files[0])
+    with pytest.raises(InputError, match="ImagePositionPatient is missing"):
+        write_derived_series(tmp_path / "out", files, pixels.hu, BY)
+
+
+def test_real_tilted_head_comes_back_as_a_derived_series(tmp_path):
+    pixels = pixels_of(real("head_ge_tilted"))
+    check_derived(tmp_path, pixels, pixels.hu)
