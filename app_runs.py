@@ -27,7 +27,7 @@ def read_log(file: Stamp) -> pd.DataFrame:
     lines = Path(file.path).read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         # of whole lines alone: what follows the last line break is not finished
-        return pd.DataFrame([json.loads(line) for line in lines[:-1] if line.strip()])
+        return pd.DataFrame([dict(json.loads(line)) for line in lines[:-1] if line.strip()])
     except (ValueError, TypeError, AttributeError) as error:
         raise malformed(file.path, error, "train again") from None
 

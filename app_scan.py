@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,8 @@ from own_scan import (
     Opened,
     Outcome,
     Request,
-    find,
+    derived_bytes,
+    dicom_files,
     json_bytes,
     nifti_bytes,
     open_scan,
@@ -426,8 +427,8 @@ def show_downloads(
         files.append(("JSON", lambda: json_bytes(outcome), "prediction.json"))
         for label, make, name in files:
             st.download_button(label, make, name, on_click="ignore", icon=":material/download:")
-        if opened.dicom and lesions is not None and lesions.any():
-            show_segmentation(lesions, request, source, folders)
+        if opened.dicom:
+            files_of_dicom(outcome, request, source, folders)
     with st.expander("The same from a shell"):
         dose = "" if request.dose is None else f" --dose {request.dose.value:g}"
         segment = "" if request.segmenter is None else " --segment"
@@ -438,20 +439,27 @@ def show_downloads(
         )
 
 
-def show_segmentation(lesions: np.ndarray, request: Request, source: tuple, folders: Folders) -> None:
-    """DICOM SEG, where the package for it is there."""
+def files_of_dicom(outcome: Outcome, request: Request, source: tuple, folders: Folders) -> None:
+    """What goes back into the study: the denoised series, and a segmentation where the package is there."""
+
+    def made(make: Callable[..., bytes], volume: np.ndarray, by: Network) -> Callable[[], bytes]:
+        def now() -> bytes:
+            with on_disk(source, folders) as path:
+                return make(dicom_files(path, source[2]), volume, by)
+
+        return now
+
+    icon = ":material/download:"
+    if outcome.denoised is not None:
+        make = made(derived_bytes, outcome.denoised, request.denoiser)
+        st.download_button("Denoised DICOM", make, "denoised.zip", on_click="ignore", icon=icon)
+    mask = None if outcome.lesions is None else outcome.lesions.mask
+    if mask is None or not mask.any():
+        return
     try:
         highdicom_package()
     except stage.InputError:
         st.caption(HIGHDICOM)
         return
-
-    def make() -> bytes:
-        with on_disk(source, folders) as path:
-            return segmentation_bytes(
-                path, min(source[2], len(find(path)[0]) - 1), lesions, request.segmenter
-            )
-
-    st.download_button(
-        "Lesions DICOM SEG", make, "lesions.dcm", on_click="ignore", icon=":material/download:"
-    )
+    make = made(segmentation_bytes, mask, request.segmenter)
+    st.download_button("Lesions DICOM SEG", make, "lesions.dcm", on_click="ignore", icon=icon)

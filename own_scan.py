@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import anatomy
+import checkpoints
 import metrics
 import stage
 from dataset import BRAIN_WINDOW, TASKS, fit_to_square, from_square, square_pixel_mm, unwindow_hu
-from dicom_output import Software, write_segmentation
+from dicom_output import Software, write_derived_series, write_segmentation
 from dicom_series import read_pixels
 from inference import (
     ROUTINE_NOISE_HU,
@@ -158,6 +160,7 @@ class Request(NamedTuple):
     dose: Dose | None = None
     of_class: str | None = None
     threshold: float | None = None  # of the scan; None: that of the classifier's checkpoint
+    tile: int | None = None  # see inference.denoise
 
     @property
     def networks(self) -> list[Network]:
@@ -175,7 +178,13 @@ class Outcome(NamedTuple):
     facts: dict[str, Any]
 
 
-def work(scan: Scan, request: Request, reference: Scan | None, progress: Progress) -> Outcome:
+def _told_to_nobody(*_: object) -> None:
+    pass
+
+
+def work(
+    scan: Scan, request: Request, reference: Scan | None = None, progress: Progress = _told_to_nobody
+) -> Outcome:
     """Denoise, classify, explain and segment a scan. reference: of the same shape, for image quality.
 
     progress: told the share that is done and what comes next. Raises InputError for a reference of another
@@ -193,9 +202,7 @@ def work(scan: Scan, request: Request, reference: Scan | None, progress: Progres
         reference = scan if reference is None else reference
     denoised = None
     if request.denoiser is not None:
-        denoised = _in_parts(
-            request.denoiser, given, level, lambda share: progress(0.1 + 0.6 * share, "Denoising")
-        )
+        denoised = _in_parts(request, given, level, lambda share: progress(0.1 + 0.6 * share, "Denoising"))
         denoised[scan.hu == AIR_HU] = AIR_HU  # what was never measured stays so
 
     def as_learnt(network: Network, through: bool) -> np.ndarray:
@@ -213,9 +220,11 @@ def work(scan: Scan, request: Request, reference: Scan | None, progress: Progres
     facts: dict[str, Any] = {
         "series_uid": scan.series_uid,
         "spacing_mm": scan.spacing_mm,
+        "gantry_tilt_deg": scan.gantry_tilt_deg,
         "noise_hu": scan.noise_hu,
         "dose": None if request.dose is None else request.dose._asdict(),
         "models": {one.path.name: one.facts["stage"] for one in request.networks},
+        "lesions": None,
         "note": "research use only; not a medical device",
     }
     if request.classifier is not None:
@@ -262,14 +271,14 @@ def _with_threshold(request: Request) -> dict:
 
 def _said(scan: Scan, request: Request, found: Probabilities) -> dict[str, Any]:
     facts = _with_threshold(request)
-    task, threshold = TASKS[facts["task"]], facts["thresholds"]["scan"]["value"]
+    task, of_slice = TASKS[facts["task"]], facts["thresholds"]["slice"]
     score = float(task.positive(found.scans)[0])
     return {
         "task": facts["task"],
         "class": task.finding,
         "scan": {
             "probability": score,
-            "positive": None if threshold is None else score >= threshold,
+            "positive": _call(score, facts["thresholds"]["scan"]),
             "classes": dict(zip(facts["classes"], found.scans[0].tolist(), strict=True)),
         },
         "thresholds": facts["thresholds"],
@@ -278,11 +287,18 @@ def _said(scan: Scan, request: Request, found: Probabilities) -> dict[str, Any]:
                 "index": index,
                 "position_mm": scan.positions_mm[index],
                 "probability": float(value),
+                "positive": _call(float(value), of_slice),
+                "classes": dict(zip(facts["classes"], found.slices[index].tolist(), strict=True)),
                 "repairs": scan.repairs[index],
             }
             for index, value in enumerate(task.positive(found.slices))
         ],
     }
+
+
+def _call(score: float, threshold: dict) -> bool | None:
+    """Positive or not; None where validation held one class only and no threshold could be chosen."""
+    return None if threshold["value"] is None else score >= threshold["value"]
 
 
 def _simulated(scan: Scan, volume: np.ndarray, spacing_mm: Sequence[float], dose: Dose) -> np.ndarray:
@@ -302,16 +318,18 @@ def _simulated(scan: Scan, volume: np.ndarray, spacing_mm: Sequence[float], dose
 
 
 def _in_parts(
-    denoiser: Network, volume: np.ndarray, level: float, progress: Callable[[float], None]
+    request: Request, volume: np.ndarray, level: float, progress: Callable[[float], None]
 ) -> np.ndarray:
     """inference.denoise, some slices at a time, each part with the neighbours that the network looks at."""
-    reach, count = denoiser.network.slices // 2, len(volume)
+    network = request.denoiser.network
+    reach, count = network.slices // 2, len(volume)
     out = np.empty(volume.shape, np.float32)
     for start in range(0, count, SLICES_AT_ONCE):
         progress(start / count)
         stop = min(start + SLICES_AT_ONCE, count)
         low, high = max(0, start - reach), min(count, stop + reach)
-        out[start:stop] = denoise(denoiser.network, volume[low:high], level)[start - low : stop - low]
+        part = denoise(network, volume[low:high], level, tile=request.tile)
+        out[start:stop] = part[start - low : stop - low]
     return out
 
 
@@ -356,13 +374,35 @@ def json_bytes(outcome: Outcome) -> bytes:
     return json.dumps(stage.plain(outcome.facts), indent=1, allow_nan=False).encode()
 
 
-def segmentation_bytes(path: Path, number: int, mask: np.ndarray, segmenter: Network) -> bytes:
-    """A mask as DICOM SEG of the series in a folder. Raises InputError if its headers allow none."""
-    job = find(path)[0][number]
-    files = [copies[0] for copies in read_pixels(job.inputs, assume_hu=job.assume_hu).files]
+def dicom_files(path: Path, number: int) -> list[str]:
+    """The files of the slices of a DICOM series in a folder or zip, in the order of its scan."""
+    jobs, _ = find(path)
+    job = jobs[min(number, len(jobs) - 1)]
+    return [copies[0] for copies in read_pixels(job.inputs, assume_hu=job.assume_hu).files]
+
+
+def segmentation_bytes(files: Sequence[str], mask: np.ndarray, segmenter: Network) -> bytes:
+    """A mask as DICOM SEG of the slices in files. Raises InputError if their headers allow none."""
     names = dict(enumerate(segmenter.facts["classes"], start=1))
-    by = Software(segmenter.path.name, str(segmenter.facts["format"]))
-    return _written("lesions.dcm", lambda target: write_segmentation(target, files, mask, names, by))
+    return _written(
+        "lesions.dcm", lambda path: write_segmentation(path, files, mask, names, _software(segmenter))
+    )
+
+
+def derived_bytes(files: Sequence[str], denoised: np.ndarray, denoiser: Network) -> bytes:
+    """Denoised slices as a DICOM series of the same study, in a zip. Raises InputError as its writer does."""
+
+    def write(path: Path) -> None:
+        made = write_derived_series(path.with_suffix(""), files, denoised, _software(denoiser))
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in made:
+                archive.write(file, file.name)
+
+    return _written("denoised.zip", write)
+
+
+def _software(network: Network) -> Software:
+    return Software(network.path.name, checkpoints.file_sha256(network.path)[:12])
 
 
 def _written(name: str, write: Callable[[Path], object]) -> bytes:

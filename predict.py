@@ -1,71 +1,63 @@
-"""Stage 7: denoise and read a new scan.
+"""Stage 7: denoise, classify, explain and outline new head CT scans.
 
-Reads:   --input, a folder with DICOM head CT series, a zip of it, a NIfTI file or a folder of NIfTI files;
+Reads:   --input, one or many: a folder of DICOM series, a zip of it, a NIfTI file, a folder of NIfTI files;
          <models>/denoiser.pt and classifier.pt, with --segment also segmenter.pt
-Writes:  <out>/<series_uid>/denoised.nii.gz, prediction.json, contact_sheet.png, and of a scan that the
-         segmenter is asked about lesions.nii.gz, lesions.png, with --mask-format dicom-seg lesions.dcm
+Writes:  <out>/manifest.json, what became of each scan, and for each <out>/<series_uid>/
+           denoised.nii.gz       in the geometry of the input
+           contact_sheet.png     given above denoised, with the probability of each slice
+           denoised/*.dcm        --dicom: the same as a derived series of the same study
+           gradcam.nii.gz, .png  --gradcam: where the classifier looked
+           lesions.nii.gz, .png  --segment: what was outlined; --mask-format dicom-seg: lesions.dcm
+           prediction.json       probabilities, thresholds, volumes; written last
 Example: python predict.py --input /data/one_patient --out predictions
+         python predict.py --input /data/a /data/b.zip /data/c.nii.gz --out predictions
          python predict.py --input /data/one_patient --out predictions --dose 5
-         python predict.py --input /data/one_patient --out predictions --segment --mask-format nifti dicom-seg
+         python predict.py --input /data/one_patient --out predictions --gradcam --segment --dicom
 
-Each network sees the scan as it learned to: at its own matrix, and denoised first if it was trained on
-denoised slices. The segmenter is asked about scans that the classifier does not call normal. Research use
+Each network sees a scan as it learned to: at its own matrix, and denoised first if it was trained on denoised
+slices. The segmenter is asked about scans that the classifier does not call normal. A scan that an earlier
+run with the same networks and options has finished is left alone, so a run that was stopped goes on when it
+is started again. Several GPUs share the scans (torchrun --nproc_per_node=4 predict.py ...). Research use
 only."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 import anatomy
 import checkpoints
-import metrics
+import runs
 import stage
 import training
-from dataset import TASKS, fit_to_square, square_pixel_mm
-from dicom_output import Software, highdicom_package, write_segmentation
+from dicom_output import Software, highdicom_package, write_derived_series, write_segmentation
 from dicom_series import read_pixels, scan_of
 from dose import DOSE_MODELS, SIMULATED
-from inference import (
-    ROUTINE_NOISE_HU,
-    Network,
-    denoise,
-    fits_denoiser,
-    load_classifier,
-    load_denoiser,
-    load_segmenter,
-    read,
-)
-from lesion_reading import LesionReading, call_scan, describe, read_lesions
-from low_dose import evaluation_seed, noise_level, simulate_scan
+from inference import Network, fits_denoiser, load_classifier, load_denoiser, load_segmenter
+from lesion_reading import describe
 from nifti_series import stored_axes
+from own_scan import Dose, Outcome, Request, work
 from scans import discover, read_scan
-from sheets import contact_sheet, lesion_sheet
+from sheets import contact_sheet, heat_sheet, lesion_sheet
 from tiling import tile_side
-from volumes import AIR_HU, Job, Scan, ScanError, write_nifti
+from volumes import Job, Rejected, Scan, ScanError, write_nifti
 
 NOISE_SEED = 42  # as in the study
 MASK_FORMATS = ("nifti", "dicom-seg")
 
 
-class Dose(NamedTuple):
-    """A dose to simulate, and the seed of its noise."""
-
-    model: str
-    value: float
-    seed: int
-
-
 def get_parser() -> stage.StageParser:
     parser = stage.StageParser(__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="DICOM folder or zip, NIfTI file or folder")
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="DICOM folders or zips, NIfTI files or folders"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--models", type=Path, default=Path("saved_models"), help="checkpoints (default: saved_models)"
@@ -79,6 +71,13 @@ def get_parser() -> stage.StageParser:
         "--dose-model", choices=sorted(SIMULATED), help="for --dose (default: as the denoiser was trained)"
     )
     parser.add_argument("--seed", type=stage.natural_int, help="of the noise of --dose (default: 42)")
+    parser.add_argument(
+        "--gradcam",
+        nargs="?",
+        const="",
+        metavar="CLASS",
+        help="show where the classifier looked for a class (default: that of its task)",
+    )
     parser.add_argument("--segment", action="store_true", help="outline lesions where the scan is not normal")
     parser.add_argument("--segmenter", type=Path, help="checkpoint (default: segmenter.pt in --models)")
     parser.add_argument("--segment-always", action="store_true", help="outline lesions in normal scans too")
@@ -88,126 +87,85 @@ def get_parser() -> stage.StageParser:
         nargs="+",
         help="of the outlined lesions, DICOM SEG only for DICOM input (default: nifti)",
     )
+    parser.add_argument("--dicom", action="store_true", help="denoised slices as DICOM too; for DICOM input")
     parser.add_argument("--tile", type=tile_side, help="denoise in tiles of this side where memory is short")
+    parser.add_argument("--overwrite", action="store_true", help="do scans anew that are finished")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
 
-class Models(NamedTuple):
-    """What reads a scan."""
-
-    denoiser: nn.Module
-    classifier: Network
-    segmenter: Network | None = None
-
-
-class Reading(NamedTuple):
-    """What predict makes of a scan. given, denoised: (S, H, W) HU; facts: JSON types."""
-
-    given: np.ndarray
-    denoised: np.ndarray
-    facts: dict
-    lesions: LesionReading | None
-
-
-def predict(
-    scan: Scan, models: Models, dose: Dose | None, tile: int | None = None, *, segment_always: bool = False
-) -> Reading:
-    """Denoise a scan at its own matrix, classify its slices, and outline its lesions if there is a segmenter.
-
-    dose: simulated first, if any. tile: see inference.denoise. segment_always: see read_lesions."""
-    given, quality = scan.hu, None
-    if dose is not None:
-        given = _simulate(scan, scan.hu, scan.spacing_mm, dose)
-    level = scan.noise_hu if math.isfinite(scan.noise_hu) else ROUTINE_NOISE_HU
-    if dose is not None:
-        level = noise_level(dose.model, dose.value, scan.noise_hu)
-    denoised = denoise(models.denoiser, given, level, tile=tile)
-    denoised[scan.hu == AIR_HU] = AIR_HU  # what was never measured stays so
-    if dose is not None:
-        brain = anatomy.MASKS[anatomy.DEFAULT_MASK](scan.hu, scan.spacing_mm)
-        patients = np.zeros(len(scan.hu))
-        quality = {
-            "dose_model": dose.model,
-            "dose": dose.value,
-            "mask": anatomy.DEFAULT_MASK,
-            "reference": "the scan before simulation",
-            "noisy": metrics.image_quality(given, scan.hu, brain, patients),
-            "denoised": metrics.image_quality(denoised, scan.hu, brain, patients),
-        }
-
-    def as_learnt(facts: dict) -> np.ndarray:
-        """(S, size, size) HU as the network of these facts is to see the scan."""
-        small = fit_to_square(scan.hu, scan.spacing_mm, facts["size"], AIR_HU)
-        if dose is not None:  # at the network's own matrix: resampling would average noise away
-            pixel_mm = square_pixel_mm(scan.hu.shape[1:], scan.spacing_mm, facts["size"])
-            small = _simulate(scan, small, (scan.spacing_mm[0], pixel_mm, pixel_mm), dose)
-        return denoise(models.denoiser, small, level) if facts["input"] == "denoised" else small
-
-    facts = models.classifier.facts
-    task, found = TASKS[facts["task"]], read(models.classifier.network, as_learnt(facts))
-    lesions = None
-    if models.segmenter is not None:
-        lesions = read_lesions(
-            scan,
-            call_scan(found, facts),
-            models.segmenter,
-            lambda: as_learnt(models.segmenter.facts),
-            always=segment_always,
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect. Raises InputError."""
+    if args.dose is None and (args.dose_model is not None or args.seed is not None):
+        raise stage.InputError(
+            "--dose-model, --seed: say how --dose is simulated (give --dose, or leave them out)"
         )
-    scores, scan_score = task.positive(found.slices), float(task.positive(found.scans)[0])
-    thresholds = facts["thresholds"]
-    result = {
-        "series_uid": scan.series_uid,
-        "task": facts["task"],
-        "class": task.finding,
-        "scan": {
-            "probability": scan_score,
-            **_call(scan_score, thresholds["scan"]),
-            "classes": dict(zip(facts["classes"], found.scans[0].tolist(), strict=True)),
-        },
-        "slices": [
-            {
-                "index": index,
-                "position_mm": scan.positions_mm[index],
-                "probability": float(score),
-                **_call(float(score), thresholds["slice"]),
-                "classes": dict(zip(facts["classes"], found.slices[index].tolist(), strict=True)),
-                "repairs": scan.repairs[index],
-            }
-            for index, score in enumerate(scores)
-        ],
-        "thresholds": thresholds,
-        "spacing_mm": scan.spacing_mm,
-        "gantry_tilt_deg": scan.gantry_tilt_deg,
-        "noise_hu": scan.noise_hu,
-        "low_dose": quality,
-        "lesions": None if lesions is None else lesions.facts,
-        "note": "research use only; not a medical device",
-    }
-    return Reading(given, denoised, result, lesions)
+    if not args.segment and (args.segmenter or args.segment_always or args.mask_format):
+        raise stage.InputError(
+            "--segmenter, --segment-always, --mask-format: say how lesions are outlined (give --segment too)"
+        )
+    for path in args.input:
+        if not path.exists():
+            raise stage.InputError(f"{path}: no such file or folder (--input needs DICOM or NIfTI)")
+    if "dicom-seg" in (args.mask_format or ()):
+        highdicom_package()
 
 
-def _simulate(scan: Scan, volume: np.ndarray, spacing_mm: tuple, dose: Dose) -> np.ndarray:
-    """A scan's slices, resampled or not, at a dose, with the noise of the study. Returns float32 HU."""
-    seeds = [
-        evaluation_seed(dose.seed, scan.series_uid, index, dose.model, dose.value)
-        for index in range(len(volume))
-    ]
-    return simulate_scan(
-        volume,
-        dose.model,
-        [dose.value] * len(seeds),
-        seeds,
-        spacing_mm=spacing_mm,
-        noise_hu=scan.noise_hu,
-        own_pixel_mm=math.sqrt(scan.spacing_mm[1] * scan.spacing_mm[2]),
+def make_request(args: argparse.Namespace, device: torch.device) -> Request:
+    """The networks and what is asked of them. Raises InputError if one is missing, or does not fit."""
+    denoiser_path = args.denoiser or args.models / "denoiser.pt"
+    classifier_path = args.classifier or args.models / "classifier.pt"
+    denoiser = Network(denoiser_path, *load_denoiser(denoiser_path, device))
+    classifier = Network(classifier_path, *load_classifier(classifier_path, device))
+    segmenter = None
+    if args.segment:
+        path = args.segmenter or args.models / "segmenter.pt"
+        segmenter = Network(path, *load_segmenter(path, device))
+    for network in filter(None, (classifier, segmenter)):
+        if not fits_denoiser(network.facts, denoiser_path):
+            raise stage.InputError(
+                f"{network.path}: was trained on the output of another denoiser than {denoiser_path} "
+                "(--denoiser names the right one)"
+            )
+    dose = None
+    if args.dose is not None:
+        seed = NOISE_SEED if args.seed is None else args.seed
+        dose = Dose(args.dose_model or denoiser.facts["dose_model"], args.dose, seed)
+        DOSE_MODELS[dose.model].check(dose.value)
+    of_class, classes = args.gradcam, classifier.facts["classes"]
+    if of_class == "":  # of several classes the question's own: "any" comes last, "normal" first
+        of_class = classes[-1]
+    if of_class is not None and of_class not in classes:
+        raise stage.InputError(f"--gradcam {of_class}: {classifier_path} knows {', '.join(classes)}")
+    return Request(
+        denoiser=denoiser,
+        classifier=classifier,
+        through=classifier.facts["input"] == "denoised",
+        segmenter=segmenter,
+        always=args.segment_always,
+        dose=dose,
+        of_class=of_class,
+        tile=args.tile,
     )
 
 
-def _call(score: float, threshold: dict) -> dict:
-    """Positive or not; null where validation held one class only and no threshold could be chosen."""
-    return {"positive": None if threshold["value"] is None else score >= threshold["value"]}
+def asked_of(request: Request, args: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the files of a scan, as JSON types."""
+    return stage.plain(
+        {
+            "models": {one.path.name: checkpoints.file_sha256(one.path) for one in request.networks},
+            "dose": None if request.dose is None else request.dose._asdict(),
+            "gradcam": request.of_class,
+            "segment": args.segment,
+            "segment_always": args.segment_always,
+            "mask_format": sorted(args.mask_format or MASK_FORMATS[:1]),
+            "dicom": args.dicom,
+            "tile": args.tile,
+        }
+    )
+
+
+# ---------------------------------------------------------------- one scan
 
 
 class Source(NamedTuple):
@@ -226,128 +184,169 @@ def read_source(job: Job) -> Source:
     return Source(read_scan(job), axes=stored_axes(job.inputs.image))
 
 
+def finished(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether an earlier run has made the same of this scan."""
+    path = folder / "prediction.json"
+    return path.exists() and stage.read_json(path, f"delete {folder}").get("asked") == asked
+
+
+def software(network: Network) -> Software:
+    return Software(network.path.name, checkpoints.file_sha256(network.path)[:12])
+
+
+def write_images(folder: Path, source: Source, outcome: Outcome) -> bool:
+    """denoised.nii.gz, contact_sheet.png and what Grad-CAM shows. Returns whether gaps were made even."""
+    scan, facts = source.scan, outcome.facts
+    geometry = scan.affine, scan.positions_mm, source.axes
+    hu = outcome.denoised.round().clip(-32768, 32767).astype(np.int16)
+    even = write_nifti(folder / "denoised.nii.gz", hu, *geometry)
+    scores = [entry["probability"] for entry in facts["slices"]]
+    contact_sheet(folder / "contact_sheet.png", scan, outcome.given, outcome.denoised, facts["class"], scores)
+    if outcome.heat is not None:
+        write_nifti(folder / "gradcam.nii.gz", outcome.heat.astype(np.float32), *geometry)
+        heat_sheet(folder / "gradcam.png", scan, outcome.given, outcome.heat, facts["class"], scores)
+    return even
+
+
 def write_lesions(
-    folder: Path, source: Source, reading: Reading, formats: Sequence[str], by: Network
+    folder: Path, source: Source, outcome: Outcome, formats: Sequence[str], by: Network
 ) -> None:
-    """Mask and pictures of what the segmenter outlined; what an earlier run left does not stay.
+    """Mask and pictures of what the segmenter outlined.
 
     Raises InputError if the headers of the series allow no DICOM SEG."""
-    for name in ("lesions.nii.gz", "lesions.dcm", "lesions.png"):
-        (folder / name).unlink(missing_ok=True)
-    scan, lesions = source.scan, reading.lesions
+    scan, lesions = source.scan, outcome.lesions
     if lesions is None or lesions.mask is None:
         return
     percent = [entry["area_percent"] for entry in lesions.facts["slices"]]
-    lesion_sheet(folder / "lesions.png", scan, reading.given, lesions.mask, percent)
+    lesion_sheet(folder / "lesions.png", scan, outcome.given, lesions.mask, percent)
     if "nifti" in formats:
         path = folder / "lesions.nii.gz"
         write_nifti(path, lesions.mask, scan.affine, scan.positions_mm, source.axes)
     if "dicom-seg" in formats:
         names = dict(enumerate(by.facts["classes"], start=1))
-        software = Software(by.path.name, checkpoints.file_sha256(by.path)[:12])
-        path = folder / "lesions.dcm"
-        if not write_segmentation(path, source.files, lesions.mask, names, software):
+        if not write_segmentation(folder / "lesions.dcm", source.files, lesions.mask, names, software(by)):
             stage.log.info("%s: no lesion outlined, so that there is no DICOM SEG", folder)
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect. Raises InputError."""
-    if args.dose is None and (args.dose_model is not None or args.seed is not None):
-        raise stage.InputError(
-            "--dose-model, --seed: say how --dose is simulated (give --dose, or leave them out)"
-        )
-    if not args.segment and (args.segmenter or args.segment_always or args.mask_format):
-        raise stage.InputError(
-            "--segmenter, --segment-always, --mask-format: say how lesions are outlined (give --segment too)"
-        )
-    if "dicom-seg" in (args.mask_format or ()):
-        highdicom_package()
+def clear(folder: Path) -> None:
+    """Take away what an earlier run has made of a scan: it would lie beside other answers."""
+    for name in ("prediction.json", "lesions.nii.gz", "lesions.dcm", "lesions.png", "gradcam.nii.gz"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "gradcam.png").unlink(missing_ok=True)
+    shutil.rmtree(folder / "denoised", ignore_errors=True)
 
 
-def load_models(args: argparse.Namespace, device: torch.device) -> tuple[Models, dict, list[Path]]:
-    """(networks, facts of the denoiser, files). Raises InputError if one is missing, or does not fit."""
-    paths = [args.denoiser or args.models / "denoiser.pt", args.classifier or args.models / "classifier.pt"]
-    denoiser, trained = load_denoiser(paths[0], device)
-    networks = [Network(paths[1], *load_classifier(paths[1], device))]
-    if args.segment:
-        paths.append(args.segmenter or args.models / "segmenter.pt")
-        networks.append(Network(paths[2], *load_segmenter(paths[2], device)))
-    for network in networks:
-        if not fits_denoiser(network.facts, paths[0]):
-            raise stage.InputError(
-                f"{network.path}: was trained on the output of another denoiser than {paths[0]} "
-                "(--denoiser names the right one)"
+def one_scan(job: Job, request: Request, asked: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Read a scan, ask the networks, write the files. Returns its entry of the manifest.
+
+    Raises ScanError for a scan that cannot be used."""
+    source = read_source(job)
+    folder = args.out / job.series_uid
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    outcome = work(source.scan, request)
+    facts = outcome.facts | {"asked": asked, "models": asked["models"]}
+    facts["nifti_resampled_to_even_gaps"] = even = write_images(folder, source, outcome)
+    refused = None
+    try:
+        if args.dicom:
+            write_derived_series(
+                folder / "denoised", source.files, outcome.denoised, software(request.denoiser)
             )
-    return Models(denoiser, *networks), trained, paths
+        write_lesions(folder, source, outcome, asked["mask_format"], request.segmenter)
+    except stage.InputError as error:
+        refused = str(error)
+        stage.log.warning("no DICOM, %s", error)
+    stage.write_json(folder / "prediction.json", facts)
+    say(folder, outcome, even and "nifti" in asked["mask_format"])
+    return {"status": "done" if refused is None else "no DICOM", "reason": refused}
+
+
+def say(folder: Path, outcome: Outcome, even: bool) -> None:
+    """What was found, in a line or three. even: whether a NIfTI mask had to be made even."""
+    facts, scan = outcome.facts, outcome.facts["scan"]
+    verdict = {True: "above", False: "below", None: "no"}[scan["positive"]]
+    stage.say(
+        f"{folder}: {len(outcome.given)} slices, tilt {facts['gantry_tilt_deg']:.1f} deg, "
+        f"{facts['class']} probability {scan['probability']:.3f} ({verdict} threshold)"
+    )
+    if "quality" in facts:
+        dose, before, after = facts["dose"], facts["quality"]["given"], facts["quality"]["denoised"]
+        stage.say(
+            f"  {dose['model']} {dose['value']:g}: RMSE to the scan inside the {anatomy.DEFAULT_MASK} "
+            f"{before['rmse_hu']:.2f} HU, denoised {after['rmse_hu']:.2f} HU"
+        )
+    if outcome.lesions is not None:
+        stage.say(f"  {describe(outcome.lesions.facts)}")
+        if even and outcome.lesions.mask is not None:
+            stage.say("  gaps are uneven: the NIfTI files are on an even grid, the mask by nearest slice")
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def find_scans(args: argparse.Namespace) -> tuple[list[Job], list[Rejected]]:
+    """Every scan of every --input, each once. Raises InputError if none is there, or no DICOM for DICOM."""
+    jobs: dict[str, Job] = {}
+    rejected = []
+    for path in args.input:
+        found, left_out = discover(path)
+        jobs |= {job.series_uid: job for job in found}
+        rejected += left_out
+        for entry in left_out:
+            stage.log.info("left out %s: %s", entry.file, entry.reason)
+    wanted, remedy = (
+        ("--dicom", "leave it out") if args.dicom else ("--mask-format dicom-seg", "--mask-format nifti")
+    )
+    if args.dicom or "dicom-seg" in (args.mask_format or ()):
+        for job in jobs.values():
+            if job.source != "dicom":
+                raise stage.InputError(f"{job.case}: is no DICOM series, {wanted} needs one ({remedy})")
+    return list(jobs.values()), rejected
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     check_options(args)
     device = training.pick_device(args.device)
-    if not args.input.exists():
-        raise stage.InputError(f"{args.input}: no such file or folder (--input needs DICOM or NIfTI)")
-    models, trained, paths = load_models(args, device)
-    dose = None
-    if args.dose is not None:
-        seed = NOISE_SEED if args.seed is None else args.seed
-        dose = Dose(args.dose_model or trained["dose_model"], args.dose, seed)
-        DOSE_MODELS[dose.model].check(dose.value)
-    jobs, rejected = discover(args.input)
-    for entry in rejected:
-        stage.log.info("left out %s: %s", entry.file, entry.reason)
-    formats = args.mask_format or MASK_FORMATS[:1]
-    if "dicom-seg" in formats and any(job.source != "dicom" for job in jobs):
-        raise stage.InputError(f"{args.input}: is no DICOM series, DICOM SEG needs one (--mask-format nifti)")
-    hashes = {path.name: checkpoints.file_sha256(path) for path in paths}
-    failed, unwritten = [], []
-    for job in stage.progress(jobs, desc="predict", unit="series"):
-        try:
-            source = read_source(job)
-        except ScanError as error:
-            failed.append(str(error))
-            stage.log.warning("left out %s", error)
+    request = make_request(args, device)
+    asked = asked_of(request, args)
+    jobs, rejected = find_scans(args)
+    place = runs.world(device)
+    known: dict[str, dict] = {}
+    for job in stage.progress(jobs[place.rank :: place.size], desc="predict", unit="scan"):
+        entry = {"series_uid": job.series_uid, "input": job.case}
+        if not args.overwrite and finished(args.out / job.series_uid, asked):
+            stage.say(f"{args.out / job.series_uid}: finished earlier")
+            known[job.series_uid] = entry | {"status": "done", "reason": None}
             continue
-        scan = source.scan
-        reading = predict(scan, models, dose, args.tile, segment_always=args.segment_always)
-        folder = args.out / scan.series_uid
-        folder.mkdir(parents=True, exist_ok=True)
-        hu = reading.denoised.round().clip(-32768, 32767).astype(np.int16)
-        even = write_nifti(folder / "denoised.nii.gz", hu, scan.affine, scan.positions_mm, source.axes)
-        result = reading.facts | {"models": hashes, "nifti_resampled_to_even_gaps": even}
-        scores = [entry["probability"] for entry in result["slices"]]
-        contact_sheet(
-            folder / "contact_sheet.png", scan, reading.given, reading.denoised, result["class"], scores
-        )
-        stage.write_json(folder / "prediction.json", result)
         try:
-            write_lesions(folder, source, reading, formats, models.segmenter)
-        except stage.InputError as error:
-            unwritten.append(str(error))
-            stage.log.warning("no DICOM SEG, %s", error)
-        verdict = {True: "above", False: "below", None: "no"}[result["scan"]["positive"]]
-        stage.say(
-            f"{folder}: {len(scan.hu)} slices, tilt {scan.gantry_tilt_deg:.1f} deg, "
-            f"{result['class']} probability {result['scan']['probability']:.3f} ({verdict} threshold)"
-        )
-        if dose is not None:
-            before, after = (result["low_dose"][name]["rmse_hu"] for name in ("noisy", "denoised"))
-            stage.say(
-                f"  {dose.model} {dose.value:g}: RMSE to the scan inside the {anatomy.DEFAULT_MASK} "
-                f"{before:.2f} HU, denoised {after:.2f} HU"
-            )
-        if reading.lesions is not None:
-            stage.say(f"  {describe(reading.lesions.facts)}")
-            if even and reading.lesions.mask is not None and "nifti" in formats:
-                stage.say("  gaps are uneven: the NIfTI files are on an even grid, the mask by nearest slice")
+            known[job.series_uid] = entry | one_scan(job, request, asked, args)
+        except ScanError as error:
+            stage.log.warning("left out %s", error)
+            known[job.series_uid] = entry | {"status": "failed", "reason": str(error)}
+    known = runs.gathered(known, place)
+    if place.rank:
+        return
+    scans = [known[job.series_uid] for job in jobs]
+    failed = [one for one in scans if one["status"] == "failed"]
     if len(failed) == len(jobs):
-        reason = failed[0] if failed else rejected[0].reason if rejected else "it holds no files"
-        raise stage.InputError(f"{args.input}: no usable CT series ({reason})")
+        reason = failed[0]["reason"] if failed else rejected[0].reason if rejected else "it holds no files"
+        raise stage.InputError(f"{args.input[0]}: no usable CT series ({reason})")
+    manifest = {
+        "command": " ".join(["predict.py", *(sys.argv[1:] if argv is None else map(str, argv))]),
+        "asked": asked,
+        "versions": checkpoints.versions(),
+        "scans": scans,
+        "left_out": [{"file": entry.file, "reason": entry.reason} for entry in rejected],
+    }
+    stage.write_json(args.out / "manifest.json", manifest)
     if failed:
         raise stage.StageError(f"{len(failed)} of {len(jobs)} series could not be read", stage.EXIT_REJECTED)
+    unwritten = [one["reason"] for one in scans if one["status"] == "no DICOM"]
     if unwritten:
         raise stage.StageError(
-            f"no DICOM SEG of {len(unwritten)} of {len(jobs)} series, {unwritten[0]}", stage.EXIT_REJECTED
+            f"no DICOM of {len(unwritten)} of {len(jobs)} series, {unwritten[0]}", stage.EXIT_REJECTED
         )
 
 

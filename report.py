@@ -1,17 +1,1086 @@
-"""The report of a study."""
+"""The report of a study: its answer, and one HTML page with every figure and table, complete in itself.
+
+All numbers come from the tables of tables.py; here they are chosen, put in words and laid out."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from study import Study
+import numpy as np
+
+import comparisons
+import display
+import explained
+import figures
+import intervals
+import metrics
+import stage
+from anatomy import LESION_CLASSES
+from arms import Family, family_name
+from cells import Cell
+from dataset import BRAIN_WINDOW, TASKS
+from explain import FULL_HEAT, overlay
+from figures import NAMES, Answers, Look, Tile, Volumes, dose_words, known, stratum_words
+from inference import LEGEND, denoise, read, segment
+from metrics import shown
+from study import LEVELS, PRIMARY_LEVEL, Study
+
+STYLE_SHEET = Path(__file__).with_suffix(".css")
+SIGNIFICANT = 0.05  # of p after Holm's correction
+JUDGED = ("auc", "sens")  # what verdicts are about
+FAILURES = 8  # shown: a page or two
+LISTED = 40  # rows of a long table; its file has all
+BLANK = "to be filled in by the authors"
+FIGURES = (  # how the names of figures begin
+    *("dose_response", "strata", "non_inferiority", "image_", "noise_spectra", "roc_", "reliability"),
+    *("calibration", "segmentation", "bland_altman", "stress", "external", "seed_", "failure_"),
+)
+BLANK_CELL = ' class="blank"'
+
+# ---------------------------------------------------------------- the answer
+
+
+class Standing(NamedTuple):
+    """What the verdicts of an arm say together. dose: the lowest at which all are non-inferior, NaN if none.
+    limiting: those that stopped first, on the way down; none where all were non-inferior at every dose."""
+
+    arm: str
+    denoises: bool
+    dose: float
+    limiting: list[dict]
+
+    @property
+    def failed_dose(self) -> float:
+        return self.limiting[0]["failed_dose"] if self.limiting else math.nan
 
 
 def answer(study: Study, found: dict[str, list[dict]]) -> list[str]:
-    """The study's answer in a sentence for each task."""
-    return []
+    """How far the dose can be cut and whether denoising helps: two sentences for each task and dose model."""
+    rows = [row for row in found["verdicts"] if (row["stratum"], row["level"]) == ("all", PRIMARY_LEVEL)]
+    lines = []
+    for task, model in dict.fromkeys((row["task"], row["dose_model"]) for row in rows):
+        own = [row for row in rows if (row["task"], row["dose_model"]) == (task, model)]
+        lines.append(_dose_sentence(task, model, own, study.design.reference(model)))
+        lines += _denoising_sentence(task, model, found["between_arms"])
+    return lines or [_image_sentence(found["image_quality"])]
+
+
+def _standings(rows: Sequence[dict]) -> list[Standing]:
+    result = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        stops = [row for row in own if row["how"]]
+        first = max((row["failed_dose"] for row in stops), default=math.nan)
+        dose = float(np.max([known(row["dose"]) for row in own]))  # NaN if one is
+        limiting = [row for row in stops if row["failed_dose"] == first]
+        result.append(Standing(arm, _denoises(own[0]), dose, limiting))
+    return result
+
+
+def _denoises(row: dict) -> bool:
+    return row["denoiser"] is not None or row["pipeline"] == "2j"
+
+
+def _dose_sentence(task: str, model: str, rows: Sequence[dict], reference_dose: float) -> str:
+    first, *others = _standings(rows)
+    who = f"arm {first.arm} ({'with' if first.denoises else 'no'} denoising)"
+    ends = [_clause(who, first, model, reference_dose)]
+    denoising = [one for one in others if one.denoises]
+    if denoising:
+        best = min(denoising, key=_rank)
+        choice = f"the best of {len(denoising)} " if len(denoising) > 1 else ""
+        ends.append(_clause(f"arm {best.arm} ({choice}with denoising)", best, model, reference_dose))
+    margins = {row["kind"]: row["margin"] for row in rows}
+    allowed = " and ".join(f"{NAMES[kind]} {margin:g}" for kind, margin in margins.items())
+    return f"{task.capitalize()}, per scan, margins {allowed}, {model} dose: {'; '.join(ends)}."
+
+
+def _rank(standing: Standing) -> tuple[float, float]:
+    """Less is better: the lowest dose shown, then how far down it came."""
+    unshown = math.inf if math.isnan(standing.dose) else standing.dose
+    return unshown, -math.inf if math.isnan(standing.failed_dose) else standing.failed_dose
+
+
+def _clause(who: str, standing: Standing, model: str, reference_dose: float) -> str:
+    if not standing.limiting:
+        if standing.dose == reference_dose:
+            return f"{who} was read at one dose only, so no cut was tried"
+        return f"{who} was non-inferior down to {dose_words(model, standing.dose)}, the lowest dose tried"
+    reasons = " and ".join(map(_reason, standing.limiting))
+    at = dose_words(model, standing.failed_dose)
+    if math.isnan(standing.dose):
+        return f"for {who} no dose was shown to be non-inferior, as at {at} {reasons}"
+    if standing.dose == reference_dose:
+        return f"for {who} no cut of the dose was shown to be non-inferior, as at {at} {reasons}"
+    return f"{who} was non-inferior down to {dose_words(model, standing.dose)}, and at {at} {reasons}"
+
+
+def _reason(row: dict) -> str:
+    """Why a verdict stopped."""
+    name = NAMES[row["kind"]]
+    change = f"{_signed(row['failed_estimate'])}, 95 % CI {_range(row, 'failed', 2)}"
+    if row["how"] == "inferior":
+        return f"its {name} was inferior ({change})"
+    if row["how"] == "unknown":
+        return f"its {name} is unknown (it cannot be computed from these scans)"
+    power = f"{row['patients']} patients give a power of {shown(row['power'], 2)}"
+    if not row["power"] >= comparisons.POWER:
+        power += f"; {100 * comparisons.POWER:g} % would take {shown(row['patients_needed'], 0)}"
+    return f"its {name} is inconclusive ({change}; {power})"
+
+
+def _denoising_sentence(task: str, model: str, rows: Sequence[dict]) -> list[str]:
+    own = [
+        row for row in rows if (row["task"], row["dose_model"], row["level"]) == (task, model, PRIMARY_LEVEL)
+    ]
+    own = [row for row in own if _denoises(row)]
+    if not own:
+        return []
+    parts = []
+    for arm in dict.fromkeys(row["arm"] for row in own):
+        mine = [row for row in own if row["arm"] == arm]
+        changes = [
+            f"{NAMES[row['kind']]} {'higher' if row['estimate'] > 0 else 'lower'} at "
+            f"{dose_words(model, row['dose'])} ({_signed(row['estimate'])})"
+            for row in mine
+            if row["p_holm"] < SIGNIFICANT
+        ]
+        rest = "nothing else was shown" if changes else "no difference was shown at any dose"
+        parts.append(f"arm {arm} against arm {mine[0]['against']}: {', '.join([*changes, rest])}")
+    return [f"Does denoising help? {task.capitalize()}, {'; '.join(parts)} (Holm, p < {SIGNIFICANT:g})."]
+
+
+def _image_sentence(rows: Sequence[dict]) -> str:
+    model = rows[0]["dose_model"]
+    lowest = min(row["dose"] for row in rows if row["dose_model"] == model)
+    own = [row for row in rows if (row["dose_model"], row["dose"]) == (model, lowest)]
+    errors = {figures.image_words(row): f"{shown(row['rmse_hu'], 1)} HU" for row in reversed(own)}
+    words = ", ".join(f"{error} for {name}" for name, error in reversed(errors.items()))
+    return (
+        "No classifier was tried, so this study says nothing of what can be read: "
+        f"at {dose_words(model, lowest)} the error of the image is {words}."
+    )
+
+
+# ---------------------------------------------------------------- numbers in words
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    text = shown(value, digits)
+    return text if text.startswith(("-", "n/a")) else f"+{text}"
+
+
+def _range(row: dict, name: str, digits: int) -> str:
+    return f"{shown(row[f'{name}_low'], digits)} to {shown(row[f'{name}_high'], digits)}"
+
+
+def _with_interval(row: dict, name: str, digits: int = 3) -> str:
+    """A number with its interval, and where there is one the SD over training seeds."""
+    if math.isnan(known(row[name])):
+        return "n/a"
+    text = f"{shown(row[name], digits)} ({_range(row, name, digits)})"
+    spread = known(row.get(f"{name}_seed_sd"))
+    return text if math.isnan(spread) else f"{text} ± {shown(spread, digits)}"
+
+
+def _p(value: float) -> str:
+    return "n/a" if math.isnan(known(value)) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _dose(row: dict) -> str:
+    return dose_words(row["dose_model"], row["dose"])
+
+
+# ---------------------------------------------------------------- a page
+
+
+class Page:
+    """What the page holds, part after part, its figures and tables counted. folder: of the figures."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.drawn, self.tables = Path(folder), [], 0
+
+    def figure(self, name: str, figure: Any, caption: str) -> str:
+        """Write a figure and show it. caption: plain text."""
+        drawing = figures.save(self.folder, name, figure)
+        self.drawn.append(name)
+        label = f"Figure {len(self.drawn)}"
+        return (
+            f'<figure id="{escape(name)}">{inline(drawing, name, f"{label}. {caption}")}'
+            f"<figcaption><b>{label}.</b> {escape(caption)}</figcaption></figure>\n"
+        )
+
+    def table(self, caption: str, columns: dict[str, Callable[[dict], Any]], rows: Sequence[dict]) -> str:
+        """columns: heading -> what it shows of a row, plain text; what looks like a number stands right."""
+        if not rows:
+            return ""
+        self.tables += 1
+        cells = [[str(make(row)) for make in columns.values()] for row in rows]
+        kinds = [' class="n"' if all(map(_numeric, column)) else "" for column in zip(*cells, strict=True)]
+        head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
+        body = "".join(f"<tr>{''.join(map(_cell, kinds, line))}</tr>\n" for line in cells)
+        return (
+            f'<div class="scroll"><table><caption><b>Table {self.tables}.</b> {escape(caption)}</caption>'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        )
+
+
+def _cell(kind: str, text: str) -> str:
+    return f"<td{BLANK_CELL if text == BLANK else kind}>{escape(text)}</td>"
+
+
+def _numeric(text: str) -> bool:
+    return re.fullmatch(r"(n/a|[-+<]? ?[\d.]+( .*)?)", text) is not None
+
+
+def inline(drawing: str, name: str, words: str) -> str:
+    """An SVG file as part of a page: as wide as the page, its ink and grid the page's, its ids its own."""
+    svg = drawing[drawing.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace(figures.INK, "var(--ink)").replace(figures.FAINT, "var(--faint)")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1)
+
+
+def _section(title: str, *parts: str) -> tuple[str, str]:
+    return title, "".join(parts)
+
+
+def _paragraph(text: str, kind: str = "text") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>\n'
+
+
+def _heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>\n"
+
+
+# ---------------------------------------------------------------- the parts of the report
+
+
+class Report:
+    """The parts of a report; each method gives a title and its HTML, empty where its tables are."""
+
+    def __init__(self, page: Page, study: Study, manifest: dict, found: dict[str, list[dict]]):
+        self.page, self.study, self.manifest, self.found = page, study, manifest, found
+        self.arms = figures.arm_looks(list(study.labels.values()))
+        self.images: dict[str, Look] = figures.image_looks(
+            ["none", *(denoiser.path.name for denoiser in study.networks.denoisers)]
+        )
+
+    def groups(self, name: str, **wanted: Any) -> Iterable[tuple[str, str, list[dict]]]:
+        """(what tells its figure apart, what it is about, rows) of a table for each task and dose model."""
+        rows = [row for row in self.found.get(name, []) if all(row[key] == wanted[key] for key in wanted)]
+        every = self.found.get(name, [])
+        keys = [key for key in ("task", "dose_model") if every and key in every[0]]
+        several = [key for key in keys if len({row[key] for row in every}) > 1]
+        for values in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+            own = [row for row in rows if tuple(row[key] for key in keys) == values]
+            parts = [own[0][key] for key in several]
+            yield "".join(f"_{part}" for part in parts), "".join(f"{part}: " for part in parts), own
+
+    def dose_response(self) -> tuple[str, str]:
+        parts = []
+        for end, about, rows in self.groups("dose_response"):
+            n, positive = (
+                next(r[k] for r in rows if r["level"] == PRIMARY_LEVEL) for k in ("n", "n_positive")
+            )
+            caption = (
+                f"{about}AUC, sensitivity and specificity against dose, per scan ({positive} of {n} with the "
+                "finding) and per slice. Bands: 95 % intervals over patients; thin marks: SD over training "
+                "seeds; dashed grey: the AUC of the position alone, which knows no image. Doses of arms "
+                "stand side by side to be told apart."
+            )
+            parts.append(
+                self.page.figure(f"dose_response{end}", figures.dose_response(rows, self.arms), caption)
+            )
+        return _section("Dose and response", *parts)
+
+    def dose_tables(self) -> tuple[str, str]:
+        parts = [self._response_table()]
+        for end, about, rows in self.groups("strata"):
+            caption = (
+                f"{about}Sensitivity per scan by subtype and size of the lesion (n scans with it; several "
+                "may be in one scan), with 95 % intervals over patients."
+            )
+            parts.append(self.page.figure(f"strata{end}", figures.strata(rows, self.arms), caption))
+        return _section("Every dose in numbers", *parts)
+
+    def _response_table(self) -> str:
+        columns = self._about(self.found["dose_response"]) | {
+            "arm": lambda row: row["arm"],
+            "per": lambda row: row["level"],
+            "dose": _dose,
+            "n": lambda row: row["n"],
+            **{words: lambda row, kind=kind: _with_interval(row, kind) for kind, words in NAMES.items()},
+            "position": lambda row: shown(row["auc_null"], 2),
+        }
+        caption = (
+            "AUC, sensitivity and specificity with 95 % intervals over patients ± SD over training seeds; "
+            "position: AUC of the slice's height alone. tables/dose_response.csv"
+        )
+        rows = sorted(self.found["dose_response"], key=lambda row: LEVELS[::-1].index(row["level"]))
+        return self.page.table(caption, columns, rows)
+
+    @staticmethod
+    def _about(rows: Sequence[dict]) -> dict[str, Callable[[dict], str]]:
+        """Columns of task and dose model, where there are several."""
+        words = {"task": "task", "dose_model": "dose model"}
+        return {
+            name: lambda row, key=key: row[key]
+            for key, name in words.items()
+            if len({row.get(key) for row in rows}) > 1
+        }
+
+    def non_inferiority(self) -> tuple[str, str]:
+        parts = []
+        for end, about, rows in self.groups("against_reference", level=PRIMARY_LEVEL):
+            caption = (
+                f"{about}Difference to arm {rows[0]['reference']} at "
+                f"{dose_words(rows[0]['dose_model'], rows[0]['reference_dose'])} per scan, with 95 % "
+                "intervals over patients. Dashed: the margin stated beforehand. Filled marks are "
+                "non-inferior, crosses inferior, open marks inconclusive."
+            )
+            drawn = figures.non_inferiority(rows, self.arms)
+            parts.append(self.page.figure(f"non_inferiority{end}", drawn, caption))
+        return _section("Non-inferiority", *parts, self._verdicts(), self._strata_verdicts(), self._between())
+
+    def _verdicts(self) -> str:
+        rows = [row for row in self.found["verdicts"] if row["stratum"] == "all"]
+        rows.sort(key=lambda row: LEVELS[::-1].index(row["level"]))
+        columns = self._about(rows) | {
+            "arm": lambda row: row["arm"],
+            "per": lambda row: row["level"],
+            "number": lambda row: NAMES[row["kind"]],
+            "margin": lambda row: f"{row['margin']:g}",
+            "non-inferior down to": _dose,
+            "stopped at": lambda row: dose_words(row["dose_model"], row["failed_dose"]),
+            "shown there": lambda row: row["how"] or "",
+            "difference there": lambda row: (
+                f"{shown(row['failed_estimate'])} ({_range(row, 'failed', 3)})" if row["how"] else ""
+            ),
+            "power": lambda row: shown(row["power"], 2) if row["how"] else "",
+            "patients": lambda row: row["patients"] if row["how"] else "",
+            "for 80 %": lambda row: shown(row["patients_needed"], 0) if row["how"] else "",
+        }
+        caption = (
+            "The lowest dose shown to be non-inferior to the reference, doses being tested from the "
+            "highest down until one fails. Power: how likely as many patients show non-inferiority if "
+            "there is no true difference; the last column says how many it would take for 80 %. "
+            "tables/verdicts.csv"
+        )
+        return self.page.table(caption, columns, rows)
+
+    def _strata_verdicts(self) -> str:
+        rows = [row for row in self.found["verdicts"] if row["stratum"] != "all"]
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        cells: dict[tuple, dict] = {}
+        for row in rows:
+            key = tuple(row[name] for name in ("task", "dose_model", "stratum", "kind"))
+            about = {"task": row["task"], "dose_model": row["dose_model"]}
+            own = cells.setdefault(key, about | {"stratum": row["stratum"], "kind": row["kind"], "arms": {}})
+            own["arms"][row["arm"]] = row
+
+        def verdict(row: dict, arm: str) -> str:
+            own = row["arms"].get(arm)
+            if own is None:
+                return ""
+            stop = (
+                f"; {own['how']} at {dose_words(own['dose_model'], own['failed_dose'])}" if own["how"] else ""
+            )
+            return f"{_dose(own)}{stop}"
+
+        columns = self._about(list(cells.values())) | {
+            "lesion": lambda row: stratum_words(row["stratum"]),
+            "number": lambda row: NAMES[row["kind"]],
+            **{f"arm {arm}": lambda row, arm=arm: verdict(row, arm) for arm in arms},
+        }
+        caption = (
+            "The same per scan by subtype and size of the lesion, against all scans without the finding. Not "
+            "corrected for the number of strata. tables/verdicts.csv"
+        )
+        return self.page.table(caption, columns, list(cells.values()))
+
+    def _between(self) -> str:
+        rows = [row for row in self.found["between_arms"] if row["level"] == PRIMARY_LEVEL]
+        columns = self._about(rows) | {
+            "arm": lambda row: row["arm"],
+            "against": lambda row: row["against"],
+            "dose": _dose,
+            "number": lambda row: NAMES[row["kind"]],
+            "difference": lambda row: (
+                f"{_signed(row['estimate'], 3)} ({shown(row['low'])} to {shown(row['high'])})"
+            ),
+            "SD over seeds": lambda row: shown(row["seed_sd"]),
+            "p": lambda row: _p(row["p"]),
+            "p (Holm)": lambda row: _p(row["p_holm"]),
+        }
+        caption = (
+            "Does denoising, or training on it, help? Difference per scan between arms at the same dose, on "
+            "the same patients with the same noise. tables/between_arms.csv"
+        )
+        return self.page.table(caption, columns, rows)
+
+    def image_quality(self) -> tuple[str, str]:
+        parts = []
+        for end, about, rows in self.groups("image_quality"):
+            reference = "noise-free truth" if self.study.pack.truth is not None else "image at its own dose"
+            few = next((row["n_patients"] for row in rows if row["of_subset"]), None)
+            subset = (
+                ""
+                if few is None
+                else f" Dotted: a subset of {few} patients, the noisy input of it beside it."
+            )
+            caption = (
+                f"{about}Image quality against dose, inside the {self.study.design.mask} and against the "
+                f"{reference}, with 95 % intervals over patients where there are any. Contrast kept, "
+                f"sharpness: 1 is as in the reference. d': channelised Hotelling observer.{subset}"
+            )
+            drawn = figures.image_quality(rows, self.images, figures.QUALITY)
+            parts.append(self.page.figure(f"image_quality{end}", drawn, caption))
+            caption = f"{about}Error and bias of each tissue, with 95 % intervals over patients.{subset}"
+            drawn = figures.image_quality(rows, self.images, figures.TISSUES)
+            parts.append(self.page.figure(f"image_tissues{end}", drawn, caption))
+        for end, about, rows in self.groups("noise_spectra"):
+            caption = f"{about}Noise power by frequency: the height is the strength, the shape the grain."
+            drawn = figures.noise_spectra(rows, self.images)
+            parts.append(self.page.figure(f"noise_spectra{end}", drawn, caption))
+        return _section("Image quality", *parts, self._image_tables())
+
+    def _image_tables(self) -> str:
+        rows = self.found["image_quality"]
+        if not rows:
+            return ""
+        seeds = {row["noise_seed"] for row in rows}
+        about = {key: make for key, make in self._about(rows).items() if key != "task"} | {
+            "images": figures.image_words,
+            "dose": _dose,
+            **({"noise seed": lambda row: row["noise_seed"]} if len(seeds) > 1 else {}),
+        }
+        low, high = metrics.RANGE_HU
+        errors = {"MSE": "mse", "RMSE": "rmse_hu", "PSNR": "psnr", "SSIM": "ssim"}
+        for kind in ("rmse", "bias"):
+            names = {tissue: "soft" if tissue == "skin" else tissue for tissue in figures.SHOWN_TISSUES}
+            errors |= {f"{kind} {words}": f"{kind}_{tissue}_hu" for tissue, words in names.items()}
+        use = {"noise SD": "noise_sd_ratio", "texture": "spectrum_distance"}
+        use |= {"edges brain": "edge_sharpness_brain", "edges skull": "edge_sharpness_skull"}
+        for kind, signal in (("blood", "bleed"), ("infarct", "infarct")):
+            use |= {f"contrast {kind}": f"contrast_kept_{kind}", f"CNR {kind}": f"cnr_{kind}"}
+            use |= {f"d' {signal}": f"d_prime_{signal}"}
+        captions = (
+            (
+                errors,
+                f"Error of the image, in HU (MSE in HU²); PSNR and SSIM over {low:g} to {high:g} HU. "
+                "Noisy input is the low dose as it is. tables/image_quality.csv has the intervals",
+            ),
+            (
+                use,
+                "What is left of what is read: noise SD against that of the highest dose, change of the "
+                "noise's texture (0 none, 1 all), gradient of edges and contrast of lesions left (1 all), "
+                "contrast to noise, detectability d' of a faint bleed and infarct. tables/image_quality.csv",
+            ),
+        )
+
+        def columns(names: dict[str, str]) -> dict[str, Callable[[dict], str]]:
+            return {words: lambda row, name=name: shown(row[name], 2) for words, name in names.items()}
+
+        return "".join(self.page.table(caption, about | columns(names), rows) for names, caption in captions)
+
+    def probabilities(self) -> tuple[str, str]:
+        parts = []
+        pairs = dict.fromkeys((row["task"], row["dose_model"]) for row in self.found["dose_response"])
+        for task, model in pairs:
+            end = (f"_{task}" if len({one for one, _ in pairs}) > 1 else "") + (
+                f"_{model}" if len({one for _, one in pairs}) > 1 else ""
+            )
+            for level in LEVELS[::-1]:
+                answers = self._answers(task, model, level)
+                caption = (
+                    f"{task}, {model}: ROC curves per {level}, one of each network and noise. Dashed: chance."
+                )
+                parts.append(self.page.figure(f"roc_{level}{end}", figures.roc(answers, self.arms), caption))
+            caption = (
+                f"{task}, {model}: reliability per slice, networks and noises together, in "
+                f"{figures.RELIABILITY_BINS} bins. On the dashed line a probability is as often right as it "
+                "says."
+            )
+            drawn = figures.reliability_diagram(answers, self.arms)
+            parts.append(self.page.figure(f"reliability{end}", drawn, caption))
+        for end, about, rows in self.groups("calibration", level=PRIMARY_LEVEL):
+            caption = (
+                f"{about}Calibration per scan, how far the best threshold lies from the stored one, and "
+                "predictive values at the stated prevalence, with 95 % intervals over patients."
+            )
+            parts.append(self.page.figure(f"calibration{end}", figures.calibration(rows, self.arms), caption))
+        return _section("Probabilities and decisions", *parts, self._calibration_table())
+
+    def _answers(self, task: str, model: str, level: str) -> list[Answers]:
+        result = []
+        for family in self.study.families:
+            if family.task != task:
+                continue
+            for dose, one in self.study.ladder(family, model):
+                targets, scores, _ = self.study.family_reading(family, one.conditions, level).known
+                panel = f"dose {dose_words(model, dose)}"
+                result.append(Answers(panel, self.study.labels[family], targets, scores))
+        order = [f"dose {dose_words(model, dose)}" for dose in self.study.design.ladders[model]]
+        return sorted(result, key=lambda one: order.index(one.panel))
+
+    def _calibration_table(self) -> str:
+        rows = [row for row in self.found["calibration"] if row["level"] == PRIMARY_LEVEL]
+        if not rows:
+            return ""
+
+        def pair(name: str, digits: int = 2) -> Callable[[dict], str]:
+            return lambda row: (
+                f"{shown(row[f'{name}_stored'], digits)} → {shown(row[f'{name}_tuned'], digits)}"
+            )
+
+        columns = self._about(rows) | {
+            "arm": lambda row: row["arm"],
+            "dose": _dose,
+            "ECE": lambda row: shown(row["ece"]),
+            "Brier": lambda row: shown(row["brier"]),
+            "threshold": pair("threshold", 3),
+            "sensitivity": pair("sens"),
+            "specificity": pair("spec"),
+            "PPV": lambda row: _with_interval(row, "ppv", 2),
+            "NPV": lambda row: _with_interval(row, "npv", 2),
+        }
+        caption = (
+            "Calibration and decisions per scan. Arrows: from the stored threshold, chosen on validation, "
+            "to the one that would suit these scans best, which flatters and only says how far it has "
+            f"drifted. PPV and NPV of the stored threshold at a prevalence of {rows[0]['prevalence']:g}. "
+            "tables/calibration.csv"
+        )
+        return self.page.table(caption, columns, rows)
+
+    def segmentation(self) -> tuple[str, str]:
+        parts = []
+        for end, about, rows in self.groups("segmentation"):
+            caption = (
+                f"{about}Segmenters against dose, with and without denoising: Dice of scans with a lesion, "
+                "share of lesions touched, and volume found in scans without any; 95 % intervals over "
+                "patients."
+            )
+            parts.append(
+                self.page.figure(f"segmentation{end}", figures.segmentation(rows, self.images), caption)
+            )
+            volumes = self._volumes(rows)
+            caption = (
+                f"{about}Bland-Altman plots of the lesion volume of scans with a lesion, at the highest and "
+                "the lowest dose: bias (line) and 95 % limits of agreement (dashed)."
+            )
+            parts.append(
+                self.page.figure(f"bland_altman{end}", figures.bland_altman(volumes, self.images), caption)
+            )
+        columns = self._about(self.found["segmentation"]) | {
+            "segmenter": lambda row: row["segmenter"],
+            "denoiser": lambda row: row["denoiser"],
+            "dose": _dose,
+            "scans": lambda row: row["n_cases"],
+            "Dice": lambda row: _with_interval(row, "dice", 2),
+            "lesions found": lambda row: _with_interval(row, "any_recall", 2),
+            "precision": lambda row: _with_interval(row, "any_precision", 2),
+            "false volume, ml": lambda row: shown(row["false_positive_ml"], 2),
+            "bias, ml": lambda row: shown(row["volume_error_ml"], 1),
+            "limits, ml": lambda row: (
+                f"{shown(row['limit_lower_ml'], 1)} to {shown(row['limit_upper_ml'], 1)}"
+            ),
+        }
+        caption = "Lesions outlined, with 95 % intervals over patients. tables/segmentation.csv"
+        return _section("Segmentation", *parts, self.page.table(caption, columns, self.found["segmentation"]))
+
+    def _volumes(self, rows: Sequence[dict]) -> list[Volumes]:
+        """Of the highest and the lowest dose."""
+        doses = sorted({row["dose"] for row in rows})
+        result = []
+        for one in self.study.outlines:
+            denoiser = "none" if one.denoiser is None else one.denoiser.path.name
+            for row in rows:
+                if (row["segmenter"], row["denoiser"]) != (one.segmenter.path.name, denoiser):
+                    continue
+                if row["dose"] not in (doses[0], doses[-1]):
+                    continue
+                condition = self.study.at(row["dose_model"], row["dose"])[0]
+                few = self.study.subset(one.denoiser)
+                cell = Cell(condition, one.denoiser, "segmenter", one.segmenter, few)
+                reports = [own for own in self.study.cells.load(cell)["reports"] if own["truth_ml"] > 0]
+                truth, predicted = (
+                    np.array([own[f"{n}_ml"] for own in reports]) for n in ("truth", "predicted")
+                )
+                words = "noisy input" if denoiser == "none" else denoiser.removesuffix(".pt")
+                panel = f"{one.segmenter.path.stem}, {words}, {_dose(row)}"
+                agreement = (row["volume_error_ml"], row["limit_lower_ml"], row["limit_upper_ml"])
+                result.append(Volumes(panel, denoiser, truth, predicted, *agreement))
+        return result
+
+    def stress(self) -> tuple[str, str]:
+        parts = []
+        for end, about, rows in self.groups("stress", level=PRIMARY_LEVEL):
+            caption = (
+                f"{about}Stress test at {_dose(rows[0])}: what an artifact of growing severity changes per "
+                "scan, against the same scans without it, with 95 % intervals over patients."
+            )
+            parts.append(self.page.figure(f"stress{end}", figures.stress(rows, self.arms), caption))
+        rows = [row for row in self.found.get("stress", []) if row["level"] == PRIMARY_LEVEL]
+        worst = max((row["severity"] for row in rows), default=math.nan)
+        columns = self._about(rows) | {
+            "arm": lambda row: row["arm"],
+            "artifact": lambda row: row["artifact"],
+            "number": lambda row: NAMES[row["kind"]],
+            "without": lambda row: shown(row["b"]),
+            "with": lambda row: shown(row["a"]),
+            "change": lambda row: (
+                f"{_signed(row['estimate'], 3)} ({shown(row['low'])} to {shown(row['high'])})"
+            ),
+        }
+        caption = (
+            f"Robustness at the largest severity tried ({worst:.3g}), per scan. tables/stress.csv has all"
+        )
+        table = self.page.table(caption, columns, [row for row in rows if row["severity"] == worst])
+        return _section("Stress test", *parts, table)
+
+    def external(self) -> tuple[str, str]:
+        rows = self.found.get("external", [])
+        if not rows:
+            return "", ""
+        names = dict.fromkeys(row["data"] for row in rows)
+        # the folder's name alone where that tells them apart
+        short = {name: Path(name).name for name in names}
+        names = short if len(set(short.values())) == len(names) else {name: name for name in names}
+        parts = []
+        tasks = dict.fromkeys(row["task"] for row in rows)
+        for task in tasks:
+            own = [row for row in rows if row["task"] == task]
+            caption = (
+                f"{task}: AUC per scan at the highest dose on every set, and what is lost to the set whose "
+                "training split the network comes from (home)."
+            )
+            end = f"_{task}" if len(tasks) > 1 else ""
+            parts.append(self.page.figure(f"external{end}", figures.external(own, names), caption))
+        columns = {
+            **({"task": lambda row: row["task"]} if len(tasks) > 1 else {}),
+            "arm": lambda row: row["pipeline"],
+            "classifier": lambda row: row["classifier"],
+            "denoiser": lambda row: row["denoiser"] or "none",
+            "data": lambda row: names[row["data"]],
+            "home": lambda row: names.get(row["home"], "not among them"),
+            "scans": lambda row: row["n_scans"],
+            "AUC": lambda row: _with_interval(row, "auc"),
+            "drop": lambda row: _with_interval(row, "drop"),
+        }
+        caption = "Each classifier on each set, with 95 % intervals (DeLong). tables/external.csv"
+        return _section("Other test sets", *parts, self.page.table(caption, columns, rows))
+
+    def seeds(self) -> tuple[str, str]:
+        parts = []
+        for end, about, rows in self.groups("dose_response", level=PRIMARY_LEVEL):
+            if all(math.isnan(known(row["auc_seed_sd"])) for row in rows):
+                continue
+            caption = f"{about}Mean and SD over training seeds and noises, per scan."
+            parts.append(self.page.figure(f"seed_bars{end}", figures.seed_bars(rows, self.arms), caption))
+            task, model = rows[0]["task"], rows[0]["dose_model"]
+            own = [
+                row | {"arm": self._label(row)}
+                for row in self.found["experiments"]
+                if (row["task"], row["dose_model"], row["level"]) == (task, model, PRIMARY_LEVEL)
+            ]
+            caption = (
+                f"{about}The single networks, per scan: median, quartiles and range, each network a mark."
+            )
+            parts.append(self.page.figure(f"seed_boxes{end}", figures.seed_boxes(own, self.arms), caption))
+        rows = [row for row in self.found["seeds"] if row["level"] == PRIMARY_LEVEL]
+        columns = {
+            "arm": lambda row: row["arm"],
+            "classifier": lambda row: row["classifier"],
+            "training seed": lambda row: row["seed"],
+            "noise seed": lambda row: row["noise_seed"],
+            "dose": lambda row: f"{row['dose']:g}",
+            **{words: lambda row, name=name: shown(row[name]) for name, words in figures.SCORES.items()},
+        }
+        more = f"; the first {LISTED} of {len(rows)}" if len(rows) > LISTED else ""
+        caption = f"Every network per scan{more}. tables/seeds.csv has all, per slice too"
+        return _section("Training seeds", *parts, self.page.table(caption, columns, rows[:LISTED]))
+
+    def _label(self, row: dict) -> str:
+        before = None if row["denoiser"] is None else family_name(Path(row["denoiser"]))
+        family = Family(row["task"], row["arm"], before, family_name(Path(row["classifier"])))
+        return self.study.labels[family]
+
+    # ------------------------------------------------------------ scans that flip
+
+    def flips(self) -> tuple[str, str]:
+        rows = sorted(
+            self.found["flips"],
+            key=lambda row: (row["change"] != "lost", -abs(row["score"] - row["score_reference"])),
+        )
+        chosen = {}
+        for row in rows:  # of a patient and arm the largest change
+            chosen.setdefault((row["patient"], row["arm"], row["task"]), row)
+        parts = [
+            self.page.figure(
+                f"failure_{number}", figures.failure(failure_tiles(self.study, row)), self._told(row)
+            )
+            for number, row in enumerate(list(chosen.values())[:FAILURES], start=1)
+        ]
+        legend = (
+            "Brain window, the patient's right at the left. Green: the true lesion. Red: what a segmenter "
+            f"outlines. Heat: Grad-CAM of the arm's first network, from 0 to {FULL_HEAT:g} nats in all "
+            "pictures. The slice with most lesion, or the most suspicious one."
+        )
+        columns = self._about(rows) | {
+            "arm": lambda row: row["arm"],
+            "dose": _dose,
+            "change": lambda row: row["change"],
+            "patient": lambda row: row["patient"],
+            "finding": lambda row: finding(self.study.pack.series[row["row"]]["labels"]),
+            "at the highest dose": lambda row: shown(row["score_reference"]),
+            "here": lambda row: shown(row["score"]),
+            "p (McNemar)": lambda row: _p(row["mcnemar_p"]),
+        }
+        more = f"; the first {LISTED} of {len(rows)}" if len(rows) > LISTED else ""
+        caption = (
+            "Scans called right at the highest dose and wrong at a lower one (lost), or the other way round "
+            f"(gained), largest change first{more}. Scores: means over networks. tables/flips.csv"
+        )
+        table = self.page.table(caption, columns, rows[:LISTED])
+        return _section("Scans that flip", _paragraph(legend, "note") if parts else "", *parts, table)
+
+    def _told(self, row: dict) -> str:
+        model = row["dose_model"]
+        reference = dose_words(model, self.study.design.reference(model))
+        change = "right, then wrong" if row["change"] == "lost" else "wrong, then right"
+        return (
+            f"Patient {row['patient']}, {finding(self.study.pack.series[row['row']]['labels'])}; arm "
+            f"{row['arm']}: {change}. Score {shown(row['score_reference'])} at {reference}, "
+            f"{shown(row['score'])} at {_dose(row)}."
+        )
+
+
+def finding(labels: dict) -> str:
+    """Labels of a scan in words."""
+    names = [name for name in LESION_CLASSES if labels.get(name) == 1]
+    if not names and labels.get("any") == 1:
+        return "haemorrhage"
+    unknown = labels.get("any") is None and labels.get("ischemia") is None
+    return ", ".join(names) or ("unknown finding" if unknown else "no lesion")
+
+
+def failure_tiles(study: Study, flip: dict) -> list[Tile]:
+    """A slice of a scan that flips, at the reference dose and at the lower one, as it is and as it is read.
+
+    flip: a row of tables.flips."""
+    arm = study.families[Family(*(flip[name] for name in ("task", "pipeline", "denoiser", "classifier")))][0]
+    pack, model = study.pack, flip["dose_model"]
+    rows = np.flatnonzero(pack.series_of == flip["row"])
+    doses = study.design.reference(model), flip["dose"]
+    low, seen, outlined = {}, {}, {}
+    outline = next(
+        (one for before in (arm.denoiser, None) for one in study.outlines if one.denoiser is before), None
+    )
+    for dose in doses:
+        low[dose], levels = study.cells.images(study.at(model, dose)[0], rows)
+        seen[dose] = low[dose]
+        if arm.denoiser is not None:
+            seen[dose] = denoise(arm.denoiser.network, low[dose], levels)
+        if outline is not None:
+            images = low[dose] if outline.denoiser is None else seen[dose]
+            threshold = outline.segmenter.facts["thresholds"]["lesion"]["value"]
+            outlined[dose] = segment(outline.segmenter.network, images, None, threshold) > 0
+    called = doses[0] if (flip["change"] == "lost") == (flip["target"] == 1) else doses[1]
+    name, suspicion = _suspected(arm.task, arm.classifier.network, seen[called])
+    truth = None if pack.mask is None else np.asarray(pack.mask[rows]) > 0
+    place = int(np.argmax(suspicion if truth is None or not truth.any() else truth.sum((1, 2))))
+    affine = pack.series[flip["row"]]["affine"]
+
+    def turned(image: np.ndarray) -> np.ndarray:
+        return display.radiological(image, affine)
+
+    def tile(words: str, images: np.ndarray, dose: float) -> Tile:
+        grey = display.to_grey(turned(images[place]), *BRAIN_WINDOW)
+        masks = (None if mask is None else turned(mask[place]) for mask in (truth, outlined.get(dose)))
+        return Tile(f"{dose_words(model, dose)}{words}", np.repeat(grey[..., None], 3, axis=2), *masks)
+
+    tiles = [tile("", low[dose], dose) for dose in doses]
+    if arm.denoiser is not None:
+        tiles.append(tile(", denoised", seen[doses[1]], doses[1]))
+    for dose in doses:
+        answers = explained.Seen(lambda _, images=seen[dose]: images, np.empty(0))
+        try:
+            _, ((heat,),) = explained.heats(
+                [arm.classifier.network], answers, pack, [int(rows[place])], name, "grad-cam"
+            )
+        except stage.InputError:  # a network without feature maps
+            break
+        picture = turned(overlay(seen[dose][place], heat))
+        mask = None if truth is None else turned(truth[place])
+        tiles.append(Tile(f"{dose_words(model, dose)}, Grad-CAM", picture, mask))
+    return tiles
+
+
+def _suspected(task: str, network: Any, images: np.ndarray) -> tuple[str, np.ndarray]:
+    """(the class that a scan is likeliest to be ill of, how likely each slice is ill)."""
+    answers = read(network, images)
+    ill = np.flatnonzero(TASKS[task].positive(np.eye(len(network.classes))))
+    return network.classes[ill[answers.scans[0, ill].argmax()]], TASKS[task].positive(answers.slices)
+
+
+# ---------------------------------------------------------------- methods
+
+DOSE_WORDS = {  # by the beginning of a dose model's name
+    "projection": "the noise that a lower tube current would add was simulated in the sinogram of a fan of rays, "
+    "quantum and electronic, reconstructed and added to the image (after Yu et al. 2012)",
+    "reprojection": "the image was projected, its photons were thinned, and it was reconstructed anew",
+    "calibrated": "Poisson noise, slice by slice, on a scale at which lambda 40 is a routine head scan",
+    "poisson": "Poisson noise on intensities 0 to 1 of the brain window, slice by slice; it knows no routine dose",
+    "measured": "real low-dose images of the same scans",
+}
+STATISTICS = (
+    "Every arm reads the same patients with the same noise. Arms that differ by training seeds alone are "
+    "one arm, whose numbers are means over its networks. 95 % intervals and p are for patients drawn anew, "
+    "the networks being fixed; the SD over training seeds stands beside them. Where each scan is a patient "
+    "of its own: AUC by DeLong's variance (DeLong 1988; Sun and Xu 2014), rates by Clopper and Pearson "
+    "(1934), differences of rates by Tango's score interval (1998) with a design effect for clustered "
+    "calls (Rao and Scott 1992). Else: bootstrap over patients with {replicates} replicates (Efron and "
+    "Tibshirani 1993). Tests of a task, dose model, level and kind of number are one family, adjusted "
+    "after Holm (1979). Calls that flip: exact test of McNemar (1947). Non-inferiority: the lower end of "
+    "the 95 % interval of the difference to the reference (its first arm at the highest dose) lies above "
+    "minus the margin, a one-sided test at 2.5 %, dose after dose from the highest down until one fails, "
+    "which needs no correction for the number of doses (Maurer et al. 1995; ICH E9). It holds for one arm "
+    "and one number; several are several claims, and the best of several arms is picked after the fact. "
+    "Thresholds were chosen on validation patients and kept at every dose. ECE after Guo et al. 2017, "
+    "Brier score after Brier 1950, d' by a channelised Hotelling observer with difference-of-Gaussian "
+    "channels (Abbey and Barrett 2001; Barrett and Myers 2004), noise power spectra after Siewerdsen et "
+    "al. 2002, SSIM after Wang et al. 2004, Grad-CAM after Selvaraju et al. 2017."
+)
+PHANTOM = (
+    "These data are computer-drawn phantoms. Their lesions, anatomy and noise are simpler than those of "
+    "people, and the networks have learnt the phantom as much as the lesion. What is found here about "
+    "doses, denoisers and classifiers is found about phantoms; it says nothing of patients and is no "
+    "ground for lowering a dose."
+)
+NOTICE = "Research use only. Not a medical device; not for diagnosis, and not for setting the dose of a scan."
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _sources(study: Study) -> list[str]:
+    return sorted({series["source"] for series in study.pack.series})
+
+
+def _methods(page: Page, study: Study, manifest: dict) -> tuple[str, str]:
+    design, pack = study.design, study.pack
+    doses = "; ".join(
+        f"{model}: " + ", ".join(dose_words(model, dose) for dose in doses)
+        for model, doses in design.ladders.items()
+    )
+    models = "; ".join(
+        f"{model}: {next(words for start, words in DOSE_WORDS.items() if model.startswith(start))}"
+        for model in design.ladders
+    )
+    truth = "the noise-free truth" if pack.truth is not None else "the image at its own dose"
+    paragraphs = {
+        "Data": f"Test split of {manifest['data']}: {manifest['n_patients']} patients, {manifest['n_scans']} scans, "
+        f"{manifest['n_slices']} slices of {pack.size} x {pack.size} pixels; source "
+        f"{_listed(_sources(study))}; split by patient, hash {manifest['split_hash']}. No test patient was "
+        "seen in training, which is checked for every network. Lesion masks: "
+        f"{'known' if pack.mask is not None else 'not known of all scans'}.",
+        "Dose": f"{models}. Doses: {doses}. Noise seeds: {_listed(design.noise_seeds)}.",
+        "Images": f"Measured inside the {design.mask} against {truth}."
+        + (
+            f" Classical denoisers on {design.classical_patients} patients drawn by the seed."
+            if any(study.subset(one) is not None for one in study.networks.denoisers)
+            else ""
+        ),
+        "Stated beforehand": "Margins: "
+        + ", ".join(f"{NAMES[kind]} {margin:g}" for kind, margin in design.margins.items())
+        + f". Primary level: {PRIMARY_LEVEL}. Prevalence for predictive values: {design.prevalence:g}. "
+        f"Seed of the bootstrap: {design.seed}.",
+        "Statistics": STATISTICS.format(replicates=intervals.BOOTSTRAP_REPLICATES),
+        "Software": _listed(f"{name} {version}" for name, version in manifest["versions"].items()) + ".",
+        "Left out": _listed(manifest["left_out"]) + "." if manifest["left_out"] else "",
+    }
+    parts = [f"<p><b>{escape(name)}.</b> {escape(text)}</p>\n" for name, text in paragraphs.items() if text]
+    parts.append(f"<p><b>Command.</b> <code>{escape(manifest['command'])}</code></p>\n")
+    arms = [
+        {"arm": label, "pipeline": LEGEND[family.name], "task": family.task, "family": family}
+        for family, label in study.labels.items()
+    ]
+    columns = {
+        "arm": lambda row: row["arm"],
+        "what it is": lambda row: row["pipeline"].replace("->", "→"),
+        "task": lambda row: row["task"],
+        "denoiser": lambda row: row["family"].denoiser or "none",
+        "classifier": lambda row: row["family"].classifier,
+        "training seeds": lambda row: _listed(study.seeds(row["family"])),
+    }
+    parts.append(page.table("The arms.", columns, arms))
+    columns = {
+        "network": lambda one: one.path.name,
+        "kind": lambda one: f"{one.facts['stage']}, {one.facts['model']['name']}",
+        "parameters": lambda one: one.facts.get("parameters", "n/a"),
+        "trained on": lambda one: f"{len(one.facts['trained_on'])} patients",
+        "at doses": lambda one: _listed(one.facts["doses"]) or "clean slices",
+        "seed": lambda one: one.facts["seed"],
+        "epoch chosen": lambda one: one.facts.get("validation", {}).get("epoch", "n/a"),
+        "SHA-256": lambda one: manifest["checkpoints"][one.path.name],
+    }
+    parts.append(
+        page.table("The networks; all settings are in their model cards.", columns, study.networks.trained)
+    )
+    return _section("Methods", *parts)
+
+
+def _checklist(page: Page, study: Study, manifest: dict, found: dict[str, list[dict]]) -> tuple[str, str]:
+    """What the guidelines ask in substance, in own words; what the study cannot know is left to its authors."""
+    phantom = "phantom" in _sources(study)
+    every, claim, stard, tripod = "all three", "CLAIM", "STARD-AI", "TRIPOD+AI"
+    ladders = ", ".join(study.design.ladders)
+    numbers = f"{manifest['n_patients']} patients, {manifest['n_scans']} scans"
+    trained = study.networks.trained
+    masked = study.pack.mask is not None
+    items = [
+        ("title names the study as one of AI and says what kind", every, ""),
+        ("structured abstract", every, ""),
+        ("clinical background and intended use", every, ""),
+        ("aims and hypotheses", every, "how far the dose can be cut; non-inferiority, margins under Methods"),
+        ("prospective or retrospective", every, "simulation" if phantom else ""),
+        ("where the data come from", every, f"{_listed(_sources(study))}, {manifest['data']}"),
+        ("dates and setting of collection", every, "drawn by computer" if phantom else ""),
+        ("who was eligible and how chosen", every, "drawn from a seed" if phantom else ""),
+        ("ethics approval and consent", every, "none needed: no people" if phantom else ""),
+        ("de-identification", claim, "pseudonyms; nothing else of a patient leaves the reader"),
+        (
+            "how images were prepared",
+            f"{claim}, {tripod}",
+            f"HU, {study.pack.size} x {study.pack.size} pixels",
+        ),
+        ("image acquisition", claim, f"low dose by {ladders}, see Methods"),
+        ("reference standard and why", every, "what the phantom drew" if phantom else ""),
+        ("who set the reference standard, and agreement", every, "no reader" if phantom else ""),
+        ("blinding of index test and reference to each other", stard, "networks see images only"),
+        ("missing data", every, "unknown labels count in no number"),
+        (
+            "splits and the level at which they are disjoint",
+            every,
+            f"by patient, hash {manifest['split_hash'][:12]}",
+        ),
+        ("sample size and its reason", every, f"{numbers}; power in the table of verdicts"),
+        (
+            "networks, inputs and outputs",
+            every,
+            "see Methods and model cards" if trained else "classical only",
+        ),
+        (
+            "training, initial weights, hyperparameters",
+            f"{claim}, {tripod}",
+            "model cards" if trained else "",
+        ),
+        (
+            "how the final network was chosen",
+            f"{claim}, {tripod}",
+            "best epoch on validation" if trained else "",
+        ),
+        ("software and versions", f"{claim}, {tripod}", "see Methods"),
+        ("measures of performance and cut-offs", every, "see Methods; cut-offs from validation"),
+        ("uncertainty", every, "95 % intervals over patients, SD over training seeds apart"),
+        ("robustness", claim, "stress test" if found.get("stress") else ""),
+        ("explainability", claim, "Grad-CAM of scans that flip" if found["flips"] else ""),
+        ("test on other data", every, "see Other test sets" if found.get("external") else "none"),
+        ("flow of participants", every, f"{numbers} read; exclusions before: {BLANK}"),
+        ("age, sex and other traits of patients", every, "none: no people" if phantom else ""),
+        ("spectrum of disease", stard, "subtypes and sizes under Every dose in numbers" if masked else ""),
+        ("performance with precision", every, "see the tables" if study.arms else "images only"),
+        ("calibration", tripod, "see Probabilities and decisions" if study.arms else ""),
+        ("subgroups and fairness", f"{stard}, {tripod}", "by lesion only; by group of people: " + BLANK),
+        ("analysis of failures", claim, "see Scans that flip" if study.arms else ""),
+        ("harms of the test", stard, ""),
+        ("limitations", every, "phantoms say nothing of patients" if phantom else ""),
+        ("meaning for practice", every, ""),
+        ("registration and protocol", every, ""),
+        ("funding and interests", every, ""),
+        ("code and data for others", every, f"command and hashes under Methods; where: {BLANK}"),
+        ("patients and public in the work", tripod, ""),
+    ]
+    columns = {
+        "what is asked": lambda item: item[0],
+        "by": lambda item: item[1],
+        "this study": lambda item: item[2] or BLANK,
+    }
+    caption = (
+        "After CLAIM 2024, STARD-AI and TRIPOD+AI, in substance and in our words: a help in writing, not the "
+        "guidelines themselves, which have more items and exact wording."
+    )
+    return _section("Checklist for a paper", page.table(caption, columns, items))
+
+
+# ---------------------------------------------------------------- the whole
 
 
 def write(out: Path, study: Study, manifest: dict, found: dict[str, list[dict]]) -> list[Path]:
-    """report.html and figures/."""
-    return []
+    """Write <out>/report.html and <out>/figures/*.png and *.svg. Returns the page and the folder of figures.
+
+    manifest: of run_experiments.py. found: table -> rows, as tables.all_tables has them, with "external" where
+    there are several sets. Figures of an earlier run that are not drawn any more are removed."""
+    folder = Path(out) / "figures"
+    page = Page(folder)
+    parts = Report(page, study, manifest, found)
+    sections = [
+        parts.dose_response(),
+        parts.non_inferiority(),
+        parts.dose_tables(),
+        parts.image_quality(),
+        parts.probabilities(),
+        parts.segmentation(),
+        parts.stress(),
+        parts.external(),
+        parts.seeds(),
+        parts.flips(),
+        _methods(page, study, manifest),
+        _checklist(page, study, manifest, found),
+    ]
+    sections = [(title, content) for title, content in sections if content]
+    names = [re.sub(r"\W+", "-", title.lower()) for title, _ in sections]
+    links = "".join(
+        f'<a href="#{name}">{escape(title)}</a>\n' for name, (title, _) in zip(names, sections, strict=True)
+    )
+    body = "".join(
+        f'<section id="{name}"><h2>{escape(title)}</h2>\n{content}</section>\n'
+        for name, (title, content) in zip(names, sections, strict=True)
+    )
+    title = "How far can the dose be cut?"
+    about = (
+        f"{manifest['n_patients']} test patients, {manifest['n_scans']} scans, {manifest['n_slices']} "
+        f"slices of {manifest['data']}; dose model {', '.join(study.design.ladders)}"
+    )
+    answers = "".join(map(_paragraph, answer(study, found)))
+    warnings = _paragraph(NOTICE, "note") + (
+        _paragraph(PHANTOM, "note") if "phantom" in _sources(study) else ""
+    )
+    legend = "".join(
+        _paragraph(f"Arm {label}: {LEGEND[family.name].replace('->', '→')}.", "note")
+        for family, label in study.labels.items()
+    )
+    style = STYLE_SHEET.read_text(encoding="utf-8")
+    with stage.atomic_write(Path(out) / "report.html") as file:
+        file.write(
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>\n{style}</style></head>\n<body>\n<h1>{title}</h1>\n"
+            f'{_paragraph(about, "about")}<div class="answer">{answers}</div>\n{legend}{warnings}'
+            f"<nav>{links}</nav>\n{body}</body></html>\n"
+        )
+    for path in folder.glob("*.*"):
+        if path.suffix in (".png", ".svg") and path.stem not in page.drawn and path.stem.startswith(FIGURES):
+            path.unlink()
+    return [Path(out) / "report.html", folder]

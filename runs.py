@@ -48,6 +48,15 @@ def world(device: torch.device) -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
+def gathered(found: dict, place: World) -> dict:
+    """What every process found, on the first of them; the others have their own."""
+    if place.size == 1:
+        return found
+    parts: list[dict] | None = [{} for _ in range(place.size)] if place.rank == 0 else None
+    dist.gather_object(found, parts)
+    return found if parts is None else {key: value for part in parts for key, value in part.items()}
+
+
 def _leave() -> None:
     """Part from the other processes all at once: gloo's threads abort in one that ends while others talk."""
     if dist.get_backend() == "gloo":

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import stage
 from dataset import BRAIN_WINDOW
 from display import FOUND_RGB, NOTICE, TRUE_RGB, paint, radiological, to_grey
+from explain import FULL_HEAT, overlay
 from volumes import Scan
 
 COLUMNS = 7  # four rows for a routine scan of 28 slices
@@ -48,6 +49,21 @@ def contact_sheet(
         ),
     ]
     write_sheet(path, scan, bands, evenly(np.arange(count)), "given above, denoised below")
+
+
+def heat_sheet(
+    path: Path, scan: Scan, given: np.ndarray, heat: np.ndarray, finding: str, scores: Sequence[float]
+) -> None:
+    """PNG of where a classifier looked: each slice in grey with its heat, and its probability of a finding.
+
+    given: (S, H, W) HU. heat: (S, H, W) of explain.grad_cam, on an absolute scale."""
+    count = len(given)
+    band = Band(
+        lambda index: overlay(given[index], heat[index]),
+        lambda index: f"{index + 1}/{count}  {finding} {scores[index]:.2f}",
+    )
+    heading = f"Grad-CAM, full colour at {FULL_HEAT:g} nats; where the network looked, not where a lesion is"
+    write_sheet(path, scan, [band], evenly(np.arange(count)), heading)
 
 
 def lesion_sheet(path: Path, scan: Scan, given: np.ndarray, found: np.ndarray, percent: Sequence) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,16 +17,23 @@ from streamlit.testing.v1 import AppTest
 
 import anatomy
 import app
+import app_cases
+import app_data
+import app_results
+import app_scan
+import app_viewer
+import app_words
+import canvas
 import checkpoints
 import dataset
 import display
 import metrics
 import models
-import run_experiments
 import stage
+import tables
 from inference import classify, denoise, load_classifier, load_denoiser
 from low_dose import LowDose
-from volumes import Scan
+from volumes import Scan, write_nifti
 
 ROOT = Path(app.__file__).parent
 SIZE, SLICES = 45, 5  # odd on purpose
@@ -112,12 +121,39 @@ def write_models(folder: Path) -> None:
         write_checkpoint(folder, name, "classifier", input=what)
 
 
+CARD = {"model": {"name": "resnet18"}, "validation": {"auc": 0.75, "epoch": 3}, "config": {"lr": 0.001}}
+ALWAYS_POSITIVE = {level: {"value": 0.0, "origin": "val"} for level in ("slice", "scan")}
+
+
+def write_segmenter(folder: Path) -> None:
+    """One that outlines anything: it is untrained."""
+    torch.manual_seed(0)
+    kwargs = {"widths": [2, 4], "classes": ["lesion"]}
+    network = models.build_model("unet", kind="segmenter", **kwargs)
+    content = {
+        "format": checkpoints.FORMAT,
+        "stage": "segmenter",
+        "model": {"name": "unet", "kwargs": kwargs},
+        "state": network.state_dict(),
+        "size": SIZE,
+        "dose_model": "calibrated",
+        "doses": [],
+        "split_hash": "abc",
+        "input": "clean",
+        "classes": ["lesion"],
+        "parents": {},
+        "thresholds": {"lesion": {"value": 0.0, "origin": "val"}},
+        "volume_rule": None,
+    }
+    checkpoints.save(folder / "segmenter.pt", content)
+
+
 def result_rows() -> list[dict]:
     rows = []
     for dose in (5.0, 10.0):
         for arm in ("1", "2"):
             for level in ("slice", "scan"):
-                row = dict.fromkeys(run_experiments.COLUMNS, 0.5)
+                row = dict.fromkeys(tables.COLUMNS, 0.5)
                 row |= {"dose_model": "calibrated", "dose": dose, "dose_fraction": dose / 40, "arm": arm}
                 row |= {"level": level, "task": "stroke", "classifier": "classifier.pt", "noise_seed": 7}
                 row |= {
@@ -146,18 +182,40 @@ def write_results(folder: Path, rows: list[dict] | None = None) -> Path:
     return folder / "experiments.json"
 
 
-def page_script(page: str, root: str) -> None:
+def page_script(title: str, root: str, address: dict) -> None:
     from pathlib import Path
+
+    import streamlit as st
 
     import app
 
+    for name, value in address.items():
+        if name not in st.query_params:
+            st.query_params[name] = value
     root = Path(root)
-    folders = app.Folders(root / "data", root / "models", root / "results", "cpu")
-    app.show(getattr(app, page), folders)
+    scans = root / "scans" if (root / "scans").exists() else None
+    folders = app.Folders(root / "data", root / "models", root / "results", "cpu", scans)
+    page = app.PAGES[title][0]
+    app.show(page, folders, *(["the viewer"] if title == "Cases" else []))
 
 
-def open_page(page: str, root: Path) -> AppTest:
-    return AppTest.from_function(page_script, args=(page, str(root)), default_timeout=60).run()
+def open_page(title: str, root: Path, **address: str) -> AppTest:
+    return AppTest.from_function(page_script, args=(title, str(root), address), default_timeout=60).run()
+
+
+def viewed(at: AppTest, spy: list) -> canvas.View:
+    """What the canvas was given last: AppTest cannot look into a component."""
+    assert not at.exception
+    return spy[-1]
+
+
+@pytest.fixture
+def spy(monkeypatch) -> list:
+    """The canvas.View of every drawing."""
+    seen = []
+    pack = canvas.pack
+    monkeypatch.setattr(canvas, "pack", lambda view: seen.append(view) or pack(view))
+    return seen
 
 
 def words(at: AppTest) -> str:
@@ -173,6 +231,8 @@ def full(tmp_path_factory) -> Path:
     write_data(root / "data", make_scan("s1", lesion=False), make_scan("s2", rows=39))
     write_models(root / "models")
     write_results(root / "results")
+    stage.write_json(root / "models/classifier.card.json", CARD)
+    (root / "models/classifier.jsonl").write_text(json.dumps({"epoch": 1, "loss": 0.5}) + "\n")
     return root
 
 
@@ -266,7 +326,7 @@ def test_views_of_a_one_sided_lesion_show_it_at_the_same_side_in_las_and_lps(tmp
             affine[0, 0] = -4.0
             mirrored = {kind: getattr(scan, kind)[:, :, ::-1] for kind in ("hu", "truth", "mask")}
             scan = Scan(**{**{key: getattr(scan, key) for key in scan.__dataclass_fields__}, **mirrored})
-        series = app.read_series(dataset.write_scan(scan, tmp_path), SIZE)
+        series = app_data.read_series(dataset.write_scan(scan, tmp_path), SIZE)
         seen = display.radiological(series.lesions[3], series.affine)
         sides.append(np.flatnonzero(seen.any(axis=0)).mean())
     assert sides[0] == sides[1] > SIZE / 2  # the patient's left is at the right edge
@@ -286,28 +346,32 @@ def test_views_of_a_one_sided_lesion_show_it_at_the_same_side_in_las_and_lps(tmp
     ],
 )
 def test_finding_of_labels_says_what_is_known(labels, expected):
-    assert app.finding(labels) == expected
+    assert app_words.finding(labels) == expected
 
 
 def test_verdict_at_above_below_and_without_threshold_follows_the_metrics():
-    assert [app.verdict(score, 0.5) for score in (0.4, 0.5, 0.6)] == ["negative", "positive", "positive"]
+    assert [app_words.verdict(score, 0.5) for score in (0.4, 0.5, 0.6)] == [
+        "negative",
+        "positive",
+        "positive",
+    ]
     assert metrics.rates(np.array([1]), np.array([0.5]), 0.5)["sens"] == 1  # the study calls a tie positive
-    assert app.verdict(0.5, None) == "no threshold"
+    assert app_words.verdict(0.5, None) == "no threshold"
 
 
 def test_plain_text_of_markdown_has_every_special_character_escaped():
-    assert app.plain_text("a_b*[c]`$\nx") == r"a\_b\*\[c\]\`\$ x"
+    assert app_words.plain_text("a_b*[c]`$\nx") == r"a\_b\*\[c\]\`\$ x"
 
 
 def test_arm_labels_where_classifiers_share_a_pipeline_name_them():
-    assert app.arm_labels(["1", "2", "1"], ["a", "a", "b"]) == ["1 a", "2", "1 b"]
+    assert app_words.arm_labels(["1", "2", "1"], ["a", "a", "b"]) == ["1 a", "2", "1 b"]
 
 
 # ---------------------------------------------------------------- the study and the app are the same
 
 
 def test_columns_of_the_table_are_those_of_the_study():
-    assert set(app.TABLE) <= set(run_experiments.COLUMNS)
+    assert set(app_results.TABLE) <= set(tables.COLUMNS)
 
 
 def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
@@ -316,14 +380,16 @@ def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
     noisy = LowDose(pack, "calibrated", [5.0] * len(pack)).evaluation(range(len(pack)), [5.0] * len(pack), 7)
     for number, folder in enumerate(dataset.series_folders(full / "data", "test")):
         rows = pack.series_of == number
-        series = app.read_series(folder, SIZE)
+        series = app_data.read_series(folder, SIZE)
         assert np.array_equal(series.image, pack.image[rows])
         assert np.array_equal(series.reference, pack.truth[rows])
         assert np.array_equal(series.lesions, pack.mask[rows])
-        assert np.array_equal(app.load_inside(app.stamp(folder / "metadata.json"), SIZE, "head"), heads[rows])
-        noise = app.Noise("calibrated", 5.0, 7)
-        own = np.stack([app.low_dose_slice(series, index, noise) for index in range(SLICES)])
-        assert np.array_equal(own, noisy[rows])
+        assert np.array_equal(
+            app_data.load_inside(app_data.stamp(folder / "metadata.json"), SIZE, "head"), heads[rows]
+        )
+        noise = app_data.Noise("calibrated", 5.0, 7)
+        source = app_data.Source(app_data.stamp(folder / "metadata.json"), SIZE)
+        assert np.array_equal(app_data.low_dose(source, noise), noisy[rows])
 
 
 def test_scores_of_every_arm_are_those_of_the_study(full):
@@ -335,49 +401,75 @@ def test_scores_of_every_arm_are_those_of_the_study(full):
     assert np.abs(denoised - noisy).max() > 1  # else the arms could not be told apart
     names = ("classifier", "classifier_d", "classifier_n")
     files = [full / f"models/{name}.pt" for name in names]
-    found = [app.Checkpoint(app.stamp(file), load_classifier(file)[1]) for file in files]
-    arms = app.arms_of(app.Checkpoint(app.stamp(full / "models/denoiser.pt"), facts), found)
+    found = [app_data.Checkpoint(app_data.stamp(file), load_classifier(file)[1]) for file in files]
+    arms = app_data.arms_of(app_data.Checkpoint(app_data.stamp(full / "models/denoiser.pt"), facts), found)
     assert [arm.name for arm in arms] == ["1", "1n", "2", "2d"]
     folder = dataset.series_folders(full / "data", "test")[1]
-    place = app.Place(app.stamp(folder / "metadata.json"), SIZE, 0)
-    scores = app.all_scores(place, app.Noise("calibrated", 5.0, 7), arms, "cpu")
-    for arm, (values, scan) in zip(arms, scores, strict=True):
-        assert scan == pytest.approx(values.max())
+    source = app_data.Source(app_data.stamp(folder / "metadata.json"), SIZE)
+    noise = app_data.Noise("calibrated", 5.0, 7)
+    for arm in arms:
+        values, scan = app_data.reading(source, noise, arm.classifier.file, arm.denoiser, "cpu")
+        assert scan[0, 0] == pytest.approx(values.max())
         classifier = load_classifier(arm.classifier.file.path)[0]
-        expected = classify(classifier, noisy if arm.denoiser is None else denoised)[:, 0]
-        np.testing.assert_allclose(values, expected, atol=1e-5)  # one slice at a time rounds otherwise
+        expected = classify(classifier, noisy if arm.denoiser is None else denoised)
+        np.testing.assert_allclose(values, expected, atol=1e-5)  # other batches round otherwise
 
 
 def test_arms_without_a_denoiser_are_the_direct_ones():
     clean, denoised = (
-        app.Checkpoint(app.Stamp("c.pt", 0, 0), {"input": what}) for what in ("clean", "denoised")
+        app_data.Checkpoint(app_data.Stamp("c.pt", 0, 0), {"input": what}) for what in ("clean", "denoised")
     )
-    assert [arm.name for arm in app.arms_of(None, [clean, denoised])] == ["1"]
+    assert [arm.name for arm in app_data.arms_of(None, [clean, denoised])] == ["1"]
 
 
 # ---------------------------------------------------------------- pages
 
 
+def run_app(monkeypatch, *options) -> AppTest:
+    monkeypatch.setattr("sys.argv", ["app.py", *map(str, options)])
+    return AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+
+
 def test_app_without_anything_names_the_commands(tmp_path, monkeypatch):
-    folders = ["--data", tmp_path / "d", "--models", tmp_path / "m", "--results", tmp_path / "r"]
-    monkeypatch.setattr("sys.argv", ["app.py", *map(str, folders)])
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    folders = ("--data", tmp_path / "d", "--models", tmp_path / "m", "--results", tmp_path / "r")
+    at = run_app(monkeypatch, *folders)
     assert not at.exception and not at.error
-    assert app.NOTICE in words(at)
+    assert display.NOTICE in words(at)
     assert "run_experiments.py" in words(at) and "make demo" in words(at)
-    at = open_page("scan_page", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("title", "command"),
+    [
+        ("Overview", "run_experiments.py"),
+        ("Cases", "prepare_dataset.py --source phantom"),
+        ("Viewer", "prepare_dataset.py --source phantom"),
+        ("Experiments", "run_experiments.py"),
+        ("Training", "train_denoiser.py"),
+        ("Models", "train_denoiser.py"),
+        ("Own scan", "train_classifier.py"),
+    ],
+)
+def test_every_page_without_anything_names_the_command_that_brings_it(tmp_path, title, command):
+    at = open_page(title, tmp_path)
     assert not at.exception and not at.error
-    assert app.NOTICE in words(at)
-    assert "prepare_dataset.py --source phantom" in words(at) and "make demo" in words(at)
+    assert command in words(at) and display.NOTICE in words(at)
 
 
-def test_app_with_an_unknown_option_says_so_in_one_line_and_with_help_shows_it(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["app.py", "--nonsense"])
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+def test_every_page_with_everything_shows_no_error(full):
+    for title in app.PAGES:
+        at = open_page(title, full)
+        assert not at.exception and not at.error and not at.warning, title
+        assert not at.info, title
+
+
+def test_app_with_an_unknown_option_says_so_in_one_line_and_with_help_shows_it(monkeypatch, tmp_path):
+    at = run_app(monkeypatch, "--nonsense")
     assert not at.exception
     assert len(at.error) == 1 and "--nonsense" in at.error[0].value
-    monkeypatch.setattr("sys.argv", ["app.py", "--help"])
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    at = run_app(monkeypatch, "--scans", tmp_path / "none")
+    assert len(at.error) == 1 and "no such folder" in at.error[0].value
+    at = run_app(monkeypatch, "--help")
     assert not at.exception and not at.error and "--results" in at.code[0].value
 
 
@@ -387,163 +479,271 @@ def test_start_without_streamlit_names_the_command(monkeypatch):
         app.start()
 
 
-def test_results_page_shows_what_was_measured_and_the_numbers(full):
-    at = open_page("results_page", full)
-    assert not at.exception and not at.error
+# ---------------------------------------------------------------- Overview and Experiments
+
+
+def test_overview_shows_what_was_measured_and_with_what(full):
+    at = open_page("Overview", full)
     shown = {metric.label: metric.value for metric in at.metric}
     assert shown["Test patients"] == "3" and shown["Test slices"] == "24"
     assert shown["Doses (lambda)"] == "5, 10"
-    assert shown["AUC, pipeline 1"] == "0.812"
-    assert shown["RMSE, denoised"] == "4.25 HU"
-    assert shown["PSNR, denoised"] == "n/a"
     text = words(at)
+    assert "At lambda 5 (12.5 %) the AUC per slice is 0.81 (0.70 to 0.90) with pipeline 1" in text
     assert "python run_experiments.py --doses 5 10" in text
     assert "01234567" in text and "changed since" in text  # the checkpoint is not the one that was measured
     assert r"no\_such.pt is missing" in text
-    assert list(at.dataframe[0].value.columns) == list(app.TABLE)
-    assert len(at.dataframe[0].value) == 4  # two doses, two pipelines, one level
-    assert at.dataframe[0].value["psnr"].isna().all()
 
 
-def test_results_page_at_scan_level_shows_the_rows_of_scans(full, tmp_path):
+def test_overview_where_the_study_answers_says_what_it_says(tmp_path):
+    path = write_results(tmp_path / "results")
+    content = json.loads(path.read_text())
+    content["manifest"]["answer"] = ["Inconclusive: 3 patients."]
+    path.write_text(json.dumps(content))
+    at = open_page("Overview", tmp_path)
+    assert "Inconclusive: 3 patients." in words(at) and "AUC per slice is" not in words(at)
+
+
+def test_experiments_shows_the_numbers_of_one_dose_and_the_table(full):
+    at = open_page("Experiments", full)
+    assert not at.exception and not at.error
+    shown = {metric.label: metric.value for metric in at.metric}
+    assert shown["AUC, pipeline 1"] == "0.812"
+    assert shown["RMSE, denoised"] == "4.25 HU"
+    assert shown["PSNR, denoised"] == "n/a"
+    table = at.dataframe[0].value
+    assert list(table.columns) == list(app_results.TABLE)
+    assert len(table) == 4  # two doses, two pipelines, one level
+    assert table["psnr"].isna().all()
+
+
+def test_experiments_at_scan_level_shows_the_rows_of_scans(tmp_path):
     rows = result_rows()
     for row in rows:
         row["auc"] = 0.6 if row["level"] == "slice" else 0.9
     write_results(tmp_path / "results", rows)
-    at = open_page("results_page", tmp_path)
+    at = open_page("Experiments", tmp_path)
     assert set(at.dataframe[0].value["auc"]) == {0.6}
     at.segmented_control(key="level").set_value("scan").run()
     assert not at.exception
     assert set(at.dataframe[0].value["auc"]) == {0.9}
 
 
-def test_results_page_without_a_classifier_shows_image_quality(tmp_path):
+def test_experiments_of_several_dose_models_shows_one_at_a_time(tmp_path):
+    rows = result_rows() + [row | {"dose_model": "poisson", "auc": 0.55} for row in result_rows()]
+    write_results(tmp_path / "results", rows)
+    at = open_page("Experiments", tmp_path)
+    assert not at.exception and set(at.dataframe[0].value["auc"]) == {0.812}
+    at.segmented_control(key="dose_model").set_value("poisson").run()
+    assert not at.exception and set(at.dataframe[0].value["auc"]) == {0.55}
+
+
+@pytest.mark.parametrize("title", ["Overview", "Experiments"])
+def test_results_without_a_classifier_show_image_quality(tmp_path, title):
     rows = [row for row in result_rows() if row["arm"] == "2" and row["level"] == "slice"]
     absent = ("task", "level", "classifier", "threshold", *metrics.CLASSIFICATION_METRICS)
     rows = [row | {"arm": "denoised"} | dict.fromkeys(absent) for row in rows]
     write_results(tmp_path / "results", rows)
-    at = open_page("results_page", tmp_path)
+    at = open_page(title, tmp_path)
     assert not at.exception and not at.error
-    assert len(at.dataframe[0].value) == 2
-    assert "RMSE, denoised" in {metric.label for metric in at.metric}
+    if title == "Overview":
+        assert "4.2 HU after denoising" in words(at)  # of 4.25
+    else:
+        assert len(at.dataframe[0].value) == 2
+        assert "RMSE, denoised" in {metric.label for metric in at.metric}
 
 
+def test_experiments_shows_every_other_table_and_figure_and_the_report(tmp_path):
+    results = tmp_path / "results"
+    write_results(results)
+    for folder in ("tables", "figures"):
+        (results / folder).mkdir()
+    (results / "tables/strata.csv").write_text("size,auc\nsmall,0.7\n")
+    (results / "tables/verdicts.csv").write_text("dose,verdict\n5,inconclusive\n")
+    (results / "tables/broken.csv").write_bytes(b"\xff\xfe\x00\x01")
+    Image.new("RGB", (8, 8)).save(results / "figures/roc.png")
+    (results / "report.html").write_text("<p>report")
+    at = open_page("Experiments", tmp_path)
+    assert not at.exception and not at.error
+    assert at.selectbox(key="table").options == ["verdicts", "broken", "strata"]
+    assert at.dataframe[1].value["verdict"].tolist() == ["inconclusive"]
+    assert len(at.image) == 1
+    labels = [button.label for button in at.get("download_button")]
+    assert "Download report.html" in labels and "Download verdicts.csv" in labels
+    at.selectbox(key="table").set_value("broken").run()
+    assert not at.exception and len(at.error) == 1 and "broken.csv" in at.error[0].value
+
+
+@pytest.mark.parametrize("title", ["Overview", "Experiments"])
 @pytest.mark.parametrize(
     "content",
     ['{"rows": [', "[]", '{"manifest": {}, "rows": []}', '{"manifest": {}, "rows": [{"dose": 1}]}', "\x00"],
 )
-def test_results_page_with_a_damaged_file_names_it_in_one_line(tmp_path, content):
+def test_results_in_a_damaged_file_are_named_in_one_line(tmp_path, title, content):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/experiments.json").write_text(content)
-    at = open_page("results_page", tmp_path)
+    at = open_page(title, tmp_path)
     assert not at.exception
     assert len(at.error) == 1
     assert "experiments.json" in at.error[0].value and "\n" not in at.error[0].value
 
 
-def test_scan_page_with_damaged_results_still_works_and_says_so(tmp_path):
+# ---------------------------------------------------------------- Viewer
+
+
+def test_viewer_with_everything_gives_the_canvas_every_layer_and_pipeline(full, spy):
+    at = open_page("Viewer", full)
+    assert not at.exception and not at.error and not at.info and not at.warning
+    view = viewed(at, spy)
+    assert [layer.name for layer in view.layers] == ["full", "low", "denoised", "truth"]
+    assert [line.label for line in view.scores] == ["1", "1n", "2", "2d"]
+    assert [line.threshold for line in view.scores] == [0.5] * 4
+    assert (view.key, view.start) == ("s2", 3)  # it opens at the lesion
+    assert view.truth.any(axis=(1, 2)).tolist() == list(view.truth_slices) == [False] * 3 + [True, False]
+    assert "subdural" in view.notes[3] and "normal" in view.notes[0]
+    table = at.dataframe[0].value
+    assert list(table["Pipeline"]) == ["1", "1n", "2", "2d"]
+    assert set(table["scan truth"]) == {"positive"} and set(table["scan verdict"]) == {"no threshold"}
+    assert at.selectbox(key="case").options == [
+        f"patient_s1 · normal · {SLICES} slices · test",
+        f"patient_s2 · haemorrhage (subdural) · {SLICES} slices · test",
+    ]
+    assert "seed 7" in words(at)  # of the results, not the default
+
+
+def test_viewer_shows_the_very_images_of_the_study_and_their_error(full, spy):
+    at = open_page("Viewer", full, case="s2", dose="5")
+    view = viewed(at, spy)
+    pack = dataset.load_pack(full / "data", "test", SIZE)
+    rows = np.flatnonzero(pack.series_of == 1)
+    noisy = LowDose(pack, "calibrated", [5.0] * SLICES).evaluation(rows, [5.0] * SLICES, 7)
+    assert np.array_equal(view.layers[1].hu, noisy)
+    heads = pack.masks(anatomy.head_mask)[rows]
+    error = metrics.rmse_hu(noisy[3], pack.truth[rows[3]], heads[3])
+    assert f"RMSE low dose {error:.1f} HU" in view.notes[3]
+    quality = metrics.image_quality(noisy, pack.truth[rows], heads, np.zeros(SLICES))
+    assert at.dataframe[1].value["rmse_hu"][0] == pytest.approx(quality["rmse_hu"])
+
+
+def test_viewer_from_a_link_opens_its_case_dose_and_slice(full, spy):
+    at = open_page("Viewer", full, case="s1", dose="20", slice="2")
+    view = viewed(at, spy)
+    assert (view.key, view.start, view.layers[1].dose) == ("s1", 1, "lambda 20 (50 %)")
+    at.selectbox(key="case").set_value("s2").run()
+    view = viewed(at, spy)
+    assert (view.key, view.start) == ("s2", 3)  # the slice of the link was of another case
+    assert view.layers[1].dose == "lambda 20 (50 %)"
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ({"case": "no-such"}, True),
+        ({"case": "../../etc"}, True),
+        ({"case": "s1", "slice": "999"}, False),
+        ({"case": "s1", "slice": "x"}, False),
+        ({"case": "s1", "dose": "-3"}, False),
+        ({"case": "s1", "dose": "nan"}, False),
+    ],
+)
+def test_viewer_from_a_bad_link_opens_all_the_same(full, spy, address, warned):
+    at = open_page("Viewer", full, **address)
+    assert not at.exception and not at.error
+    assert len(at.warning) == warned
+    assert viewed(at, spy).start < SLICES
+
+
+def test_viewer_at_other_settings_never_fails(full, spy):
+    at = open_page("Viewer", full)
+    at.selectbox(key="dose-model").set_value("poisson").run()
+    at.selectbox(key="dose-model").set_value("projection").run()
+    at.selectbox(key="heat").set_value("2").run()
+    view = viewed(at, spy)
+    assert not at.error and view.heat.values.shape == view.layers[0].hu.shape
+    assert "not a localisation" in words(at)
+    at.selectbox(key="case").select_index(0).run()
+    assert viewed(at, spy).key == "s1" and not at.error
+
+
+def test_viewer_with_a_segmenter_gives_its_mask_and_its_lesions(full, tmp_path, spy):
+    shutil.copytree(full, tmp_path / "all")
+    write_segmenter(tmp_path / "all/models")
+    at = open_page("Viewer", tmp_path / "all")
+    view = viewed(at, spy)
+    assert view.found.any() and view.found.shape == view.truth.shape
+    table = at.dataframe[2].value
+    assert {"true", "segmenter.pt"} == set(table["by"])
+    assert table["volume"].is_monotonic_decreasing
+    assert "Dice" in words(at)
+
+
+def test_go_to_a_selected_lesion_is_its_middle_slice(monkeypatch):
+    parts = pd.DataFrame({"middle": [4, 9]})
+    case = app_data.Case("s1", "", "test", "p", "normal", False)
+    for rows, expected in (([], None), ([1], (9, "s1 1")), ([7], None)):
+        monkeypatch.setattr(
+            app_viewer.st, "session_state", {app_viewer.LESION_KEY: {"selection": {"rows": rows}}}
+        )
+        assert app_viewer.go_to(case, parts) == expected
+
+
+def test_viewer_without_checkpoints_shows_images_and_names_the_commands(tmp_path, spy):
+    write_data(tmp_path / "data", make_scan())
+    at = open_page("Viewer", tmp_path)
+    assert not at.exception and not at.error
+    assert [layer.name for layer in viewed(at, spy).layers] == ["full", "low", "truth"]
+    assert "train_denoiser.py" in words(at) and "train_classifier.py" in words(at)
+    assert f"seed {app_data.NOISE_SEED}" in words(at)
+
+
+def test_viewer_with_damaged_results_still_works_and_says_so(tmp_path, spy):
     write_data(tmp_path / "data", make_scan())
     (tmp_path / "results").mkdir()
     (tmp_path / "results/experiments.json").write_text("{")
-    at = open_page("scan_page", tmp_path)
+    at = open_page("Viewer", tmp_path)
     assert not at.exception and not at.error
-    assert "experiments.json" in at.warning[0].value and str(app.NOISE_SEED) in at.warning[0].value
-    assert len(at.image) == 3
+    assert "experiments.json" in at.warning[0].value and str(app_data.NOISE_SEED) in at.warning[0].value
+    assert viewed(at, spy)
 
 
-def test_scan_page_with_everything_shows_four_views_and_every_pipeline(full):
-    at = open_page("scan_page", full)
-    assert not at.exception and not at.error and not at.info and not at.warning
-    assert len(at.image) == 4
-    table = at.dataframe[0].value
-    assert list(table["Pipeline"]) == ["1", "1n", "2", "2d"]
-    assert set(table["slice truth"]) == {"positive"}  # it opens at the lesion
-    assert set(table["scan verdict"]) == {"no threshold"}
-    assert at.slider[0].value == 4
-    assert at.selectbox[0].options == [
-        f"patient_s1 - normal - {SLICES} slices",
-        f"patient_s2 - haemorrhage (subdural) - {SLICES} slices",
-    ]
-    text = words(at)
-    assert "Outlined in this slice: subdural" in text
-    assert "seed 7" in text  # of the results, not the default
-
-
-def test_scan_page_states_the_error_of_the_very_images_of_the_study(full):
-    at = open_page("scan_page", full)
-    pack = dataset.load_pack(full / "data", "test", SIZE)
-    row = SLICES + 3  # second series, fourth slice: where it opens
-    dose = at.segmented_control(key="dose-calibrated-[5.0, 10.0]").value
-    noisy = LowDose(pack, "calibrated", [dose]).evaluation([row], [dose], 7)[0]
-    head = pack.masks(anatomy.head_mask)[row]
-    assert f"RMSE **{metrics.rmse_hu(noisy, pack.truth[row], head):.2f} HU**" in words(at)
-
-
-def test_scan_page_at_other_settings_never_fails(full):
-    at = open_page("scan_page", full)
-    at.slider[0].set_value(1).run()
-    assert set(at.dataframe[0].value["slice truth"]) == {"negative"}
-    assert "Outlined in this slice: no lesion" in words(at)
-    at.segmented_control(key="window").set_value(app.OWN_WINDOW).run()
-    at.number_input(key="width").set_value(1).run()
-    at.selectbox(key="dose-model").set_value("poisson").run()
-    at.selectbox(key="dose-model").set_value("projection").run()
-    at.toggle(key="large").set_value(True).run()
-    at.toggle(key="outline").set_value(False).run()
-    at.selectbox[0].select_index(0).run()
-    assert not at.exception and not at.error
-    assert len(at.image) == 4
-
-
-def test_scan_page_without_checkpoints_shows_images_and_names_the_commands(tmp_path):
-    write_data(tmp_path / "data", make_scan())
-    at = open_page("scan_page", tmp_path)
-    assert not at.exception and not at.error
-    assert len(at.image) == 3  # no denoised one
-    assert "train_denoiser.py" in words(at) and "train_classifier.py" in words(at)
-    assert f"seed {app.NOISE_SEED}" in words(at)
-
-
-def test_scan_page_with_a_damaged_checkpoint_names_it_and_goes_on_without(tmp_path):
+def test_viewer_with_a_damaged_checkpoint_names_it_and_goes_on_without(tmp_path, spy):
     write_data(tmp_path / "data", make_scan())
     write_models(tmp_path / "models")
     path = tmp_path / "models/denoiser.pt"
     path.write_bytes(path.read_bytes()[:-200])
-    at = open_page("scan_page", tmp_path)
-    assert not at.exception
+    at = open_page("Viewer", tmp_path)
     assert len(at.error) == 1 and "denoiser.pt" in at.error[0].value
-    assert list(at.dataframe[0].value["Pipeline"]) == ["1", "1n"]
+    assert [line.label for line in viewed(at, spy).scores] == ["1", "1n"]
 
 
-def test_scan_page_with_a_checkpoint_of_another_size_or_split_says_so(tmp_path):
+def test_viewer_with_a_checkpoint_of_another_size_or_split_says_so(tmp_path):
     write_data(tmp_path / "data", make_scan())
     write_checkpoint(tmp_path / "models", "denoiser", "denoiser", split_hash="other")
     write_checkpoint(tmp_path / "models", "classifier", "classifier", input="clean", size=64)
-    at = open_page("scan_page", tmp_path)
+    at = open_page("Viewer", tmp_path)
     assert not at.exception
     assert "classifier.pt" in at.error[0].value and "64" in at.error[0].value
     assert "denoiser.pt" in at.warning[0].value and "another split" in at.warning[0].value
 
 
 @pytest.mark.parametrize("lost", ["thresholds", "input", "size"])
-def test_scan_page_with_an_incomplete_checkpoint_names_it(tmp_path, lost):
+def test_viewer_with_an_incomplete_checkpoint_names_it(tmp_path, lost):
     write_data(tmp_path / "data", make_scan())
     write_checkpoint(tmp_path / "models", "classifier", "classifier", input="clean")
     path = tmp_path / "models/classifier.pt"
     content = torch.load(path, weights_only=True)
     del content[lost]
     checkpoints.save(path, content)
-    at = open_page("scan_page", tmp_path)
+    at = open_page("Viewer", tmp_path)
     assert not at.exception
     assert len(at.error) == 1
     assert "classifier.pt" in at.error[0].value and lost in at.error[0].value
 
 
-def test_scan_page_with_a_damaged_series_names_the_file(tmp_path):
+def test_viewer_with_a_damaged_series_names_the_file(tmp_path):
     write_data(tmp_path / "data", make_scan())
     path = tmp_path / "data/test/s1/00002/image.npz"
     path.write_bytes(b"damaged")
-    at = open_page("scan_page", tmp_path)
+    at = open_page("Viewer", tmp_path)
     assert not at.exception
     assert len(at.error) == 1 and "00002/image.npz" in at.error[0].value
 
@@ -551,13 +751,212 @@ def test_scan_page_with_a_damaged_series_names_the_file(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"shape": None}, {"affine": [1]}, {"slices": []}, {"intensity": "windowed"}]
 )
-def test_scan_page_with_odd_metadata_names_the_series(tmp_path, change):
+def test_viewer_with_odd_metadata_names_the_series(tmp_path, change):
     write_data(tmp_path / "data", make_scan())
     path = tmp_path / "data/test/s1/metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    at = open_page("scan_page", tmp_path)
+    at = open_page("Viewer", tmp_path)
     assert not at.exception
     assert len(at.error) == 1 and "s1" in at.error[0].value
+
+
+# ---------------------------------------------------------------- Cases
+
+
+def test_cases_lists_filters_and_finds(full):
+    at = open_page("Cases", full)
+    assert at.dataframe[0].value["Patient"].tolist() == ["patient_s1", "patient_s2"]
+    assert at.dataframe[0].value["Matrix"].tolist() == [f"{SIZE} x {SIZE}", f"39 x {SIZE}"]
+    at.segmented_control(key="with-lesion").set_value("yes").run()
+    assert at.dataframe[0].value["Series"].tolist() == ["s2"]
+    at.segmented_control(key="with-lesion").set_value("all").run()
+    at.text_input(key="search").set_value("S1").run()
+    assert at.dataframe[0].value["Series"].tolist() == ["s1"]
+    at.text_input(key="search").set_value("nothing of the kind").run()
+    assert not at.exception and not at.error and at.dataframe[0].value.empty
+
+
+def test_cases_read_by_the_networks_say_what_the_study_would(full, tmp_path):
+    shutil.copytree(full, tmp_path / "all")
+    folder = tmp_path / "all/models"
+    write_checkpoint(folder, "classifier", "classifier", input="clean", thresholds=ALWAYS_POSITIVE)
+    for name in ("classifier_n", "classifier_d"):
+        (folder / f"{name}.pt").unlink()
+    at = open_page("Cases", tmp_path / "all")
+    next(button for button in at.button if button.label.startswith("Read 2 cases")).click().run()
+    assert not at.exception and not at.error
+    table = at.dataframe[0].value.set_index("Series")
+    assert table["call 1"].tolist() == ["positive"] * 2
+    assert table["Result"].to_dict() == {"s1": "false alarm", "s2": "right"}
+    assert (table["RMSE low dose"] > 1).all() and table["p 1"].between(0, 1).all()
+    at.segmented_control(key="result").set_value("missed").run()
+    assert not at.exception and at.dataframe[0].value.empty
+
+
+def test_cases_with_an_unreadable_series_lists_it_as_such(tmp_path):
+    write_data(tmp_path / "data", make_scan("s1"), make_scan("s2"))
+    (tmp_path / "data/test/s1/metadata.json").write_text("{")
+    at = open_page("Cases", tmp_path)
+    assert not at.exception and not at.error
+    assert at.dataframe[0].value["Finding"].tolist() == ["unreadable", "haemorrhage (subdural)"]
+
+
+def test_cases_click_opens_the_viewer_at_the_case_and_dose(full, monkeypatch):
+    opened = []
+    monkeypatch.setattr(app_cases.st, "switch_page", lambda _page, query_params: opened.append(query_params))
+    monkeypatch.setattr(app_cases.st, "dataframe", lambda *_, **__: {"selection": {"rows": [1]}})
+    at = open_page("Cases", full)
+    assert not at.exception and not at.error
+    assert opened == [{"case": "s2", "dose": "5"}]
+
+
+# ---------------------------------------------------------------- Training and Models
+
+
+def test_training_of_a_run_under_way_draws_whole_lines_only(tmp_path):
+    (tmp_path / "models").mkdir()
+    entry = {"epoch": 1, "train_loss": 0.5, "auc": None, "seconds": 2.0, "seconds_left": 40.0}
+    lines = [json.dumps(entry), json.dumps(entry | {"epoch": 2, "train_loss": 0.4})]
+    path = tmp_path / "models/denoiser.jsonl"
+    path.write_text("\n".join(lines) + '\n{"epoch": 3, "train_l')
+    at = open_page("Training", tmp_path)
+    assert not at.exception and not at.error
+    row = at.dataframe[0].value.iloc[0]
+    assert (row["Run"], row["State"], row["Epochs"], row["Left"]) == ("denoiser", "running", 2, "0:00:40")
+    path.write_text("\n".join([*lines, json.dumps(entry | {"epoch": 3, "seconds_left": 0.0}), ""]))
+    at.run()
+    assert at.dataframe[0].value.iloc[0]["Epochs"] == 3
+    assert at.dataframe[0].value.iloc[0]["State"] == "ended"
+
+
+@pytest.mark.parametrize("content", ["not json\n", "[1]\n[2]\n", "\x00\n"])
+def test_training_with_a_damaged_log_names_it(tmp_path, content):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/denoiser.jsonl").write_text(content)
+    at = open_page("Training", tmp_path)
+    assert not at.exception
+    assert len(at.error) == 1 and "denoiser.jsonl" in at.error[0].value
+
+
+def test_models_shows_a_card_and_names_a_damaged_one(tmp_path):
+    write_checkpoint(tmp_path / "models", "classifier", "classifier", input="clean")
+    content = torch.load(tmp_path / "models/classifier.pt", weights_only=True)
+    card = content | CARD | {"trained_on": ["a", "b"]}
+    checkpoints.write_card(tmp_path / "models/classifier.card.json", card)
+    (tmp_path / "models/denoiser.card.json").write_text('{"model": 1}')
+    at = open_page("Models", tmp_path)
+    assert not at.exception
+    assert len(at.error) == 1 and "denoiser.card.json" in at.error[0].value
+    assert at.dataframe[0].value["Validation"].tolist() == ["auc 0.75"]
+    facts = dict(at.dataframe[1].value.itertuples(index=False))
+    assert facts["trained on"] == "2 patients" and facts["task"] == "stroke"
+    assert "Threshold per slice: 0.500" in words(at)
+
+
+# ---------------------------------------------------------------- Own scan
+
+
+def nifti_of(scan: Scan, path: Path) -> bytes:
+    write_nifti(path, scan.hu, scan.affine)
+    return path.read_bytes()
+
+
+def read_own(at: AppTest) -> AppTest:
+    next(button for button in at.button if button.label == "Denoise and read").click().run()
+    assert not at.exception and not at.error
+    return at
+
+
+def test_own_scan_sample_without_networks_is_shown(tmp_path, spy):
+    at = open_page("Own scan", tmp_path)
+    view = viewed(at, spy)
+    assert [layer.name for layer in view.layers] == ["full", "truth"] and view.truth.any()
+    assert not [button for button in at.button if button.label == "Denoise and read"]
+
+
+def test_own_scan_sample_with_networks_is_denoised_read_and_explained(full, spy):
+    at = read_own(open_page("Own scan", full))
+    view = viewed(at, spy)
+    assert [layer.name for layer in view.layers] == ["full", "denoised", "truth"]
+    assert view.heat.values.shape == view.layers[0].hu.shape
+    assert len(view.scores[0].values) == len(view.layers[0].hu)
+    shown = {metric.label: metric.value for metric in at.metric}
+    assert float(shown["Probability: stroke"]) == pytest.approx(max(view.scores[0].values), abs=6e-4)
+    labels = [button.label for button in at.get("download_button")]
+    assert labels == ["Denoised NIfTI", "All slices PNG", "JSON"]
+
+
+def test_own_scan_at_a_simulated_dose_measures_what_denoising_does(full, spy):
+    at = open_page("Own scan", full)
+    at.selectbox(key="own-dose-calibrated").set_value(5.0).run()
+    at = read_own(at)
+    assert [layer.name for layer in viewed(at, spy).layers] == ["full", "low", "denoised", "truth"]
+    assert {"RMSE", "PSNR", "SSIM"} <= {metric.label for metric in at.metric}
+
+
+def test_own_scan_threshold_of_the_checkpoint_can_be_moved(full, spy, tmp_path):
+    shutil.copytree(full, tmp_path / "all")
+    half = {"slice": {"value": 0.5, "origin": "val"}, "scan": {"value": 0.25, "origin": "val"}}
+    write_checkpoint(tmp_path / "all/models", "classifier", "classifier", input="clean", thresholds=half)
+    at = read_own(open_page("Own scan", tmp_path / "all"))
+    slider = at.slider(key="own-threshold-classifier.pt")
+    assert slider.value == 0.25
+    slider.set_value(1.0).run()
+    assert {metric.delta for metric in at.metric if "Probability" in metric.label} == {"below the threshold"}
+    at.slider(key="own-threshold-classifier.pt").set_value(0.0).run()
+    assert {metric.delta for metric in at.metric if "Probability" in metric.label} == {"above the threshold"}
+
+
+def test_own_scan_uploaded_is_read_and_leaves_nothing_behind(full, spy, tmp_path, monkeypatch):
+    content = nifti_of(make_scan(), tmp_path / "made.nii.gz")
+    kept = tmp_path / "temporary"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    at = open_page("Own scan", full)
+    at.segmented_control(key="own-kind").set_value("Upload").run()
+    assert "forgotten when the session ends" in words(at)
+    at.file_uploader(key="own-files").set_value([("a b.nii.gz", content, "application/gzip")]).run()
+    at = read_own(at)
+    assert viewed(at, spy).layers[0].hu.shape == (SLICES, SIZE, SIZE)
+    assert not list(kept.iterdir())
+
+
+def test_own_scan_uploaded_of_another_user_is_not_seen(full, spy, tmp_path):
+    content = nifti_of(make_scan(), tmp_path / "made.nii.gz")
+    first, second = open_page("Own scan", full), open_page("Own scan", full)
+    for at in (first, second):
+        at.segmented_control(key="own-kind").set_value("Upload").run()
+    first.file_uploader(key="own-files").set_value([("a.nii.gz", content, "application/gzip")]).run()
+    assert viewed(first, spy).layers[0].hu.shape == (SLICES, SIZE, SIZE)
+    drawn = len(spy)
+    second.run()
+    assert len(spy) == drawn and "forgotten when the session ends" in words(second)
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.zip", "scan.dcm", "scan.png", "scan.npz"])
+def test_own_scan_uploaded_rubbish_is_named_in_one_line(tmp_path, name):
+    at = open_page("Own scan", tmp_path)
+    at.segmented_control(key="own-kind").set_value("Upload").run()
+    at.file_uploader(key="own-files").set_value([(name, b"rubbish", "application/octet-stream")]).run()
+    assert not at.exception
+    assert len(at.error) == 1
+    assert "own-scan-" not in at.error[0].value and "\n" not in at.error[0].value
+
+
+def test_own_scan_from_this_machine_stays_below_its_folder(full, tmp_path, spy):
+    (tmp_path / "scans").mkdir()
+    nifti_of(make_scan(), tmp_path / "scans/one.nii.gz")
+    nifti_of(make_scan(), tmp_path / "outside.nii.gz")
+    at = open_page("Own scan", tmp_path)
+    at.segmented_control(key="own-kind").set_value("This machine").run()
+    assert at.selectbox(key="own-path").options == ["one.nii.gz"]
+    at.selectbox(key="own-path").set_value("one.nii.gz").run()
+    assert viewed(at, spy).layers[0].hu.shape == (SLICES, SIZE, SIZE)
+    for path in ("../outside.nii.gz", str(tmp_path / "outside.nii.gz")):
+        state = app.Folders(*[tmp_path] * 3, "cpu", tmp_path / "scans")
+        with pytest.raises(stage.InputError, match="not below"):  # noqa: SIM117 of the context itself
+            with app_scan.on_disk(("This machine", path, 0), state):
+                pass
 
 
 # ---------------------------------------------------------------- the server

@@ -308,11 +308,11 @@ def test_predict_of_a_simulated_dose_measures_what_comes_back(trained, real_data
     call(predict, *arguments, "--out", tmp_path / "low", "--dose", 5)
     assert "calibrated 5: RMSE to the scan inside the brain" in capsys.readouterr().out
     (path,) = (tmp_path / "low").glob("*/prediction.json")
-    quality = json.loads(path.read_text())["low_dose"]
+    quality = json.loads(path.read_text())["quality"]
     # lambda 5 adds the variance of 1/5 - 1/40 on the scale of 1562 (1 + HU / 1000), here at about 30 HU
     added = 1000 / 1562 * np.sqrt(1562 * 1.03 * (1 / 5 - 1 / 40))
-    assert quality["noisy"]["rmse_hu"] == pytest.approx(added, rel=0.03)
-    assert quality["denoised"]["rmse_hu"] != quality["noisy"]["rmse_hu"]
+    assert quality["given"]["rmse_hu"] == pytest.approx(added, rel=0.03)
+    assert quality["denoised"]["rmse_hu"] != quality["given"]["rmse_hu"]
     with pytest.raises(ValueError, match="dose 50"):
         call(predict, *arguments, "--out", tmp_path / "high", "--dose", 50)
     with pytest.raises(stage.InputError, match="--dose-model"):

@@ -32,7 +32,7 @@ def run(tmp_path, source, models, *more):
     """prediction.json and the folder of the only series."""
     arguments = ["--input", source, "--models", models, "--out", tmp_path / "out", "--device", "cpu", *more]
     predict.main([str(word) for word in arguments])
-    (folder,) = (tmp_path / "out").iterdir()
+    (folder,) = (entry for entry in (tmp_path / "out").iterdir() if entry.is_dir())
     return json.loads((folder / "prediction.json").read_text()), folder
 
 
@@ -256,7 +256,7 @@ def test_predict_of_a_series_that_no_dicom_seg_can_refer_to_writes_the_rest(tmp_
     for index, image in enumerate(head()[0]):
         path = tmp_path / "in" / f"{index}.dcm"
         write_slice(path, image, drop=("ImagePositionPatient",), InstanceNumber=index)
-    with pytest.raises(stage.StageError, match="no DICOM SEG of 1 of 1 series") as caught:
+    with pytest.raises(stage.StageError, match="no DICOM of 1 of 1 series") as caught:
         run(tmp_path, tmp_path / "in", models, "--segment", "--mask-format", "nifti", "dicom-seg")
     assert caught.value.exit_code == stage.EXIT_REJECTED
     assert list((tmp_path / "out").glob("*/lesions.nii.gz"))
@@ -285,3 +285,86 @@ def test_predict_takes_what_train_segmenter_made_and_its_volume_rule(tmp_path, m
     assert set(np.unique(mask)) <= set(range(7)) and "mine.pt" in result["models"]
     volume_ml = (mask > 0).sum() * GAP_MM * TILTED[4] * ROW_MM * COLUMN_MM / 1000
     assert facts["volume_ml"] == pytest.approx(volume_ml)
+
+
+# ---------------------------------------------------------------- many studies, again and again
+
+
+def call(tmp_path, *more):
+    predict.main([str(word) for word in ("--models", tmp_path / "models", "--out", tmp_path / "out", *more)])
+    return json.loads((tmp_path / "out" / "manifest.json").read_text())
+
+
+def test_predict_of_many_studies_says_in_one_manifest_what_became_of_each(tmp_path, models, capsys):
+    hu, _ = head()
+    first, second = write_head(tmp_path / "a", hu), tmp_path / "b.nii.gz"
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-1.0, -1.0, 5.0, 1.0])), second)
+    (tmp_path / "c").mkdir()
+    nib.save(nib.Nifti1Image(np.full((20, 20, 3), 7, np.int16), np.eye(4)), tmp_path / "c" / "odd.nii")
+    with pytest.raises(stage.StageError, match="1 of 3 series could not be read") as caught:
+        call(tmp_path, "--input", first, second, tmp_path / "c")
+    assert caught.value.exit_code == stage.EXIT_REJECTED
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [scan["status"] for scan in manifest["scans"]] == ["done", "done", "failed"]
+    assert "HU" in manifest["scans"][2]["reason"]
+    for scan in manifest["scans"][:2]:
+        assert (tmp_path / "out" / scan["series_uid"] / "prediction.json").exists()
+    assert manifest["asked"]["models"].keys() == {"denoiser.pt", "classifier.pt"}
+
+
+def test_predict_again_leaves_finished_scans_alone_until_something_is_asked_otherwise(
+    tmp_path, models, capsys
+):
+    source = write_head(tmp_path / "in", head()[0])
+    (scan,) = call(tmp_path, "--input", source)["scans"]
+    folder = tmp_path / "out" / scan["series_uid"]
+    before = (folder / "prediction.json").stat().st_mtime_ns
+    call(tmp_path, "--input", source)
+    assert "finished earlier" in capsys.readouterr().out
+    assert (folder / "prediction.json").stat().st_mtime_ns == before
+    call(tmp_path, "--input", source, "--gradcam")
+    assert (folder / "gradcam.png").exists()
+    after = (folder / "prediction.json").stat().st_mtime_ns
+    assert after != before
+    call(tmp_path, "--input", source)  # without Grad-CAM again: its files do not stay
+    assert not (folder / "gradcam.png").exists() and not (folder / "gradcam.nii.gz").exists()
+    latest = (folder / "prediction.json").stat().st_mtime_ns
+    call(tmp_path, "--input", source, "--overwrite")
+    assert (folder / "prediction.json").stat().st_mtime_ns != latest
+
+
+def test_predict_of_a_scan_that_was_killed_midway_begins_it_anew(tmp_path, models):
+    source = write_head(tmp_path / "in", head()[0])
+    (scan,) = call(tmp_path, "--input", source)["scans"]
+    folder = tmp_path / "out" / scan["series_uid"]
+    (folder / "prediction.json").unlink()  # it is written last
+    (folder / "denoised.nii.gz").write_bytes(b"half")
+    call(tmp_path, "--input", source)
+    assert nib.load(folder / "denoised.nii.gz").shape == (52, 60, 5)
+    assert (folder / "prediction.json").exists()
+
+
+def test_predict_with_gradcam_gives_its_heat_in_the_geometry_of_the_scan(tmp_path, models):
+    source = write_head(tmp_path / "in", head()[0])
+    _, folder = run(tmp_path, source, models, "--gradcam", "stroke")
+    heat, denoised = (nib.load(folder / name) for name in ("gradcam.nii.gz", "denoised.nii.gz"))
+    np.testing.assert_array_equal(heat.affine, denoised.affine)
+    assert heat.shape == denoised.shape and heat.get_data_dtype() == np.float32
+    assert (np.asarray(heat.dataobj) >= 0).all()
+    assert (folder / "gradcam.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(stage.InputError, match="--gradcam tumour: .* knows stroke"):
+        run(tmp_path, source, models, "--gradcam", "tumour")
+
+
+def test_predict_with_dicom_writes_a_series_that_reads_back_as_what_was_denoised(tmp_path, models):
+    source = write_head(tmp_path / "in", head()[0])
+    _, folder = run(tmp_path, source, models, "--dicom")
+    back = pixels_of(folder / "denoised")
+    volume = np.asarray(nib.load(folder / "denoised.nii.gz").dataobj).transpose(2, 1, 0)
+    np.testing.assert_array_equal(back.hu, volume.clip(-1024, 3071))
+    np.testing.assert_allclose(back.stack.affine, pixels_of(source).stack.affine, atol=1e-6)
+    affine = np.diag([-1.0, -1.0, 5.0, 1.0])
+    path = tmp_path / "a.nii"
+    nib.save(nib.Nifti1Image(head()[0].transpose(2, 1, 0), affine), path)
+    with pytest.raises(stage.InputError, match="--dicom needs one"):
+        run(tmp_path, path, models, "--dicom")

@@ -26,9 +26,10 @@ ORDER = (  # each imports only from its left
     *("nifti_series", "array_sets", "picture_sets", "scans"),
     *("dataset", "low_dose", "weights", "unet", "denoisers", "classical", "tiling"),
     *("classifiers", "segmenters", "joint", "sequences", "models", "losses", "checkpoints"),
-    *("display", "sheets", "explain", "runs", "training", "inference", "lesion_reading"),
+    *("display", "explain", "sheets", "runs", "training", "inference", "lesion_reading"),
     *("reading_inputs", "answers", "two_stage", "denoised"),
     *("scoring", "explained", "classified", "segmented"),
+    *("arms", "cells", "study", "tables", "report"),
     # the app: its arithmetic, then what needs Streamlit
     *("own_scan", "app_words", "canvas", "app_data", "app_results", "app_viewer", "app_cases"),
     *("app_runs", "app_scan"),
