@@ -17,28 +17,41 @@ import streamlit as st
 from PIL import Image, ImageDraw
 
 import stage
-from app_cases import cases_page
-from app_data import Folders
-from app_results import experiments_page, overview_page
-from app_runs import models_page, training_page
-from app_scan import own_scan_page
-from app_viewer import viewer_page
-from app_words import plain_text
-from display import NOTICE
+from app_files import Folders
+from app_words import NOTICE, plain_text
 
 STYLE = """<style>
 .stMainBlockContainer { padding: 4.2rem 2rem 2rem; }
 [data-testid="stMetricValue"] { font-size: 1.5rem; }
 </style>"""  # of a screen 1280 px wide, as much as possible for the images
-PAGES = {  # title -> page, icon, address
-    "Overview": (overview_page, "analytics", "overview"),
-    "Cases": (cases_page, "list", "cases"),
-    "Viewer": (viewer_page, "radiology", "viewer"),
-    "Experiments": (experiments_page, "labs", "experiments"),
-    "Training": (training_page, "monitoring", "training"),
-    "Models": (models_page, "badge", "models"),
-    "Own scan": (own_scan_page, "upload_file", "own-scan"),
+ICONS = {  # of each page, by its title; the address is the title too
+    "Overview": "analytics",
+    "Cases": "list",
+    "Viewer": "radiology",
+    "Experiments": "labs",
+    "Training": "monitoring",
+    "Models": "badge",
+    "Own scan": "upload_file",
 }
+
+
+def page_of(title: str) -> Callable[..., None]:
+    """The function of a page. Imported when it is opened: torch alone takes longer than a page should."""
+    if title == "Overview":
+        from app_results import overview_page as page
+    elif title == "Cases":
+        from app_cases import cases_page as page
+    elif title == "Viewer":
+        from app_viewer import viewer_page as page
+    elif title == "Experiments":
+        from app_results import experiments_page as page
+    elif title == "Training":
+        from app_runs import training_page as page
+    elif title == "Models":
+        from app_runs import models_page as page
+    else:
+        from app_scan import own_scan_page as page
+    return page
 
 
 def get_parser() -> stage.StageParser:
@@ -86,15 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     pages: dict[str, st.Page] = {}
 
     def run(title: str) -> None:
-        page = PAGES[title][0]
-        show(page, folders, *([pages["Viewer"]] if page is cases_page else []))
+        show(page_of(title), folders, *([pages["Viewer"]] if title == "Cases" else []))
 
-    for title, (_, name, address) in PAGES.items():
+    for title, name in ICONS.items():
         pages[title] = st.Page(
             lambda title=title: run(title),
             title=title,
             icon=f":material/{name}:",
-            url_path=address,
+            url_path=title.lower().replace(" ", "-"),
             default=title == "Overview",
         )
     st.navigation(list(pages.values()), position="top").run()

@@ -13,7 +13,6 @@ from app_data import (
     Arm,
     Case,
     Checkpoints,
-    Folders,
     Noise,
     Source,
     Study,
@@ -23,9 +22,9 @@ from app_data import (
     find_checkpoints,
     pick_device,
     reading,
-    stamp,
     study_of,
 )
+from app_files import Folders, stamp
 from app_viewer import choose_dose, no_data, say_faults
 from app_words import arm_labels, dose_text, plain_text, truth_text, verdict
 from dataset import TASKS, task_targets
@@ -71,16 +70,15 @@ def cases_page(folders: Folders, viewer: object) -> None:
         and (lesion == "all" or case.lesion == (lesion == "yes"))
         and words.lower() in " ".join(map(str, case)).lower()
     ]
-    noise = None
-    if networks.classifiers:
-        noise = ask_networks(chosen, networks, study, device)
-    table = case_table(chosen, noise)
-    if "Result" in table:
-        result = st.segmented_control(
-            "Result", ["all", RIGHT, MISSED, INVENTED], default="all", required=True, key="result"
-        )
-        if result != "all":
-            table = table[table["Result"] == result]
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        noise = ask_networks(chosen, networks, study, device) if networks.classifiers else None
+        table = case_table(chosen, noise)
+        if "Result" in table:
+            result = st.segmented_control(
+                "Result", ["all", RIGHT, MISSED, INVENTED], default="all", required=True, key="result"
+            )
+            if result != "all":
+                table = table[table["Result"] == result]
     st.caption(f"{len(table)} of {len(cases)} cases. Click the left edge of a row to open it.")
     event = st.dataframe(
         table,
@@ -109,15 +107,14 @@ def cases_page(folders: Folders, viewer: object) -> None:
 
 
 def ask_networks(chosen: list[Case], networks: Checkpoints, study: Study, device: str) -> Noise:
-    """A row of controls that asks the networks about all cases in the table, with progress."""
+    """Controls that ask the networks about all cases in the table, with progress."""
     read = st.session_state.setdefault(READ_KEY, {})
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        noise = choose_dose(networks.found, study)
-        asked = st.button(
-            f"Read {len(chosen)} cases at {dose_text(noise.dose_model, noise.dose)}",
-            icon=":material/neurology:",
-            disabled=not chosen,
-        )
+    noise = choose_dose(networks.found, study)
+    asked = st.button(
+        f"Read {len(chosen)} cases at {dose_text(noise.dose_model, noise.dose)}",
+        icon=":material/neurology:",
+        disabled=not chosen,
+    )
     if asked:
         bar = st.progress(0.0, "Reading ...")
         denoiser = next(iter(networks.denoisers), None)
@@ -136,7 +133,7 @@ def ask_networks(chosen: list[Case], networks: Checkpoints, study: Study, device
 def read_case(source: Source, noise: Noise, arms: list[Arm], mask: str, device: str) -> dict:
     """Columns of one case: probability and call of each pipeline, and the error of its images."""
     labels = arm_labels([arm.name for arm in arms], [arm.classifier.name for arm in arms])
-    row: dict = {"Result": RIGHT}
+    row: dict = {"Result": RIGHT, "Truth": None}
     for arm, label in zip(arms, labels, strict=True):
         facts = arm.classifier.facts
         task = TASKS[facts["task"]]

@@ -1,4 +1,6 @@
-"""Pages Overview and Experiments: what the study measured, from the files in results/."""
+"""Pages Overview and Experiments: what the study measured, from the files in results/.
+
+What needs torch is imported where it is used: without results these pages open at once."""
 
 from __future__ import annotations
 
@@ -12,10 +14,8 @@ import streamlit as st
 
 import metrics
 import stage
-from app_data import LEVELS, Folders, Stamp, file_hash, load_results, load_table, stamp
+from app_files import LEVELS, Folders, Stamp, file_hash, load_results, load_table, stamp
 from app_words import arm_colours, arm_labels, dose_text, plain_text, quoted
-from dose import DOSE_MODELS
-from inference import LEGEND
 
 CARDS_IN_A_ROW = 7  # four pipelines and three image metrics, at 1280 px
 FIRST_TABLES = ("verdicts", "dose_response", "between_arms")  # what a reader asks for first
@@ -129,6 +129,8 @@ def one_study(rows: pd.DataFrame, level: str | None) -> pd.DataFrame:
 
 def show_headline(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFrame) -> None:
     """What was measured, on whom, with what, when."""
+    from dose import DOSE_MODELS
+
     first = rows.iloc[0]
     doses = ", ".join(f"{dose:g}" for dose in sorted(rows["dose"].unique()))
     model = DOSE_MODELS.get(first["dose_model"])
@@ -237,6 +239,8 @@ def choose_result_dose(rows: pd.DataFrame) -> float:
 
 def show_at_dose(rows: pd.DataFrame) -> None:
     """The numbers of one dose, large: AUC of each pipeline, and what denoising does to the image."""
+    from inference import LEGEND
+
     classified = rows[rows["level"].notna()]
     names = arm_labels(list(classified["arm"]), list(classified["classifier"]))
     cards = [
@@ -277,6 +281,8 @@ def show_table(rows: pd.DataFrame) -> None:
 
 def show_legend(arms: Sequence[str]) -> None:
     """What the pipelines in sight are."""
+    from inference import LEGEND
+
     lines = [f"**{arm}** {LEGEND[arm]}" for arm in LEGEND if arm in arms]
     if lines:
         st.caption("Pipelines: " + " · ".join(lines).replace("->", "→"))

@@ -12,7 +12,7 @@ import pandas as pd
 import streamlit as st
 
 import stage
-from app_data import Folders, Stamp, malformed, stamp
+from app_files import Folders, Stamp, malformed, stamp
 from app_words import plain_text, quoted
 
 EVERY_S = 3  # a look at the logs; epochs take seconds at least

@@ -15,7 +15,6 @@ from app_data import (
     Arm,
     Checkpoint,
     Checkpoints,
-    Folders,
     arms_of,
     denoiser_for,
     find_checkpoints,
@@ -23,6 +22,7 @@ from app_data import (
     pick_device,
     study_of,
 )
+from app_files import Folders
 from app_words import arm_colours, arm_labels, dose_text, plain_text, quoted
 from dataset import TASKS
 from dicom_output import highdicom_package
@@ -73,13 +73,14 @@ def own_scan_page(folders: Folders) -> None:
             "neither shown nor kept."
         )
         return
-    for note in opened.notes:
-        st.info(plain_text(note))
     request, reference, arm = choose_request(folders, networks, opened, device)
     outcome = ask(opened, request, reference, source)
     show_outcome(opened, outcome, request, arm)
     if outcome is not None:
         show_downloads(opened, outcome, request, source, folders)
+    if networks.missing:
+        st.info("No checkpoint for what is not shown. This trains it:")
+        st.code("\n".join(networks.missing), language="bash")
 
 
 # ---------------------------------------------------------------- where it comes from
@@ -145,6 +146,10 @@ def identity(source: tuple) -> tuple:
     return kind, tuple(file.file_id for file in what) if kind == UPLOAD else what, number
 
 
+# Synthetic, and so the one scan that sessions may share
+cached_sample = st.cache_resource(sample_scan, show_spinner=False)
+
+
 def load(source: tuple, folders: Folders) -> Opened | None:
     """The scan, read once and kept in the session until another one is asked for; None: none was chosen."""
     kind, what, number = source
@@ -157,7 +162,7 @@ def load(source: tuple, folders: Folders) -> Opened | None:
         return None
     with st.spinner("Reading the scan ..."):
         if kind == SAMPLE:
-            opened = sample_scan(what)
+            opened = cached_sample(what)
         else:
             with on_disk(source, folders) as path:
                 opened = open_scan(path, number)
@@ -183,17 +188,19 @@ def choose_request(
         if arm is not None:
             facts = arm.classifier.facts
             own = facts["thresholds"]["scan"]["value"]
+            start = 0.5 if own is None else float(own)
             threshold = st.slider(
                 "Threshold of the scan",
                 0.0,
                 1.0,
-                0.5 if own is None else float(own),
+                start,
                 0.005,
                 format="%.3f",
                 key=f"own-threshold-{arm.classifier.name}",
                 width=180,
                 help="at first the one of the checkpoint, chosen on validation patients",
             )
+            threshold = None if threshold == start else threshold  # untouched: what the checkpoint says
             of_class = st.selectbox(
                 "Grad-CAM of", ["none", *facts["classes"]], 1, key=f"own-class-{facts['classes']}", width=120
             )
@@ -206,9 +213,6 @@ def choose_request(
             wanted = st.toggle("Outline lesions", value=True, key="own-segment")
             always = wanted and st.toggle("in scans called normal too", key="own-always")
             segmenter = segmenter if wanted else None
-    if not networks.found:
-        st.info("No checkpoint yet: shown is the scan alone. These train them:")
-        st.code("\n".join(networks.missing), language="bash")
 
     def network(one: Checkpoint | None) -> Network | None:
         if one is None:
@@ -293,19 +297,16 @@ def choose_reference(opened: Opened, dose: Dose | None) -> Scan | None:
 
 def ask(opened: Opened, request: Request, reference: Scan | None, source: tuple) -> Outcome | None:
     """What the networks say, once for every question; a click on anything else stops them."""
+    denoiser = None if request.denoiser is None else request.denoiser.path
+    images = (identity(source), request.dose, denoiser)  # what the denoised images depend on
     key = (
-        identity(source),
-        request.dose,
-        request.of_class,
-        request.threshold,
-        request.through,
-        request.always,
+        *(request.of_class, request.threshold, request.through, request.always),
         tuple(str(one.path) for one in request.networks),
         None if reference is None else reference.series_uid,
     )
     known = st.session_state.get(OUTCOME)
-    if known is not None and known[0] == key:
-        return known[1]
+    if known is not None and known[:2] == (images, key):
+        return known[2]
     if not request.networks and request.dose is None and reference is None:
         return None
     place = st.empty()
@@ -316,9 +317,15 @@ def ask(opened: Opened, request: Request, reference: Scan | None, source: tuple)
     with place.container():
         bar = st.progress(0.0, "Starting")
         st.button("Cancel", on_click=lambda: st.session_state.pop("own-asked", None))
-    outcome = work(opened.scan, request, reference, lambda share, what: bar.progress(share, f"{what} ..."))
+    outcome = work(
+        opened.scan,
+        request,
+        reference,
+        lambda share, what: bar.progress(share, f"{what} ..."),
+        known[2] if known is not None and known[0] == images else None,
+    )
     place.empty()
-    st.session_state[OUTCOME] = (key, outcome)
+    st.session_state[OUTCOME] = (images, key, outcome)
     return outcome
 
 
@@ -327,8 +334,6 @@ def ask(opened: Opened, request: Request, reference: Scan | None, source: tuple)
 
 def show_outcome(opened: Opened, outcome: Outcome | None, request: Request, arm: Arm | None) -> None:
     scan = opened.scan
-    if outcome is not None:
-        show_cards(outcome)
     layers = [canvas.Layer("full", "Scan", scan.hu)]
     differences = []
     lines: list[canvas.Scores] = []
@@ -373,12 +378,16 @@ def show_outcome(opened: Opened, outcome: Outcome | None, request: Request, arm:
         panes=2 if differences else 1,
     )
     canvas.show(canvas.pack(view), "own-viewer")
+    if outcome is not None:
+        show_cards(outcome)
     tilt = f" · gantry tilt {scan.gantry_tilt_deg:.1f}°" if scan.gantry_tilt_deg else ""
     several = f" · series 1 of {opened.series}" if opened.series > 1 else ""
     st.caption(
         f"{len(scan.hu)} slices of {scan.hu.shape[1]} x {scan.hu.shape[2]} pixels{tilt} · noise "
         f"{scan.noise_hu:.1f} HU{several}. Kept for this session only."
     )
+    for note in opened.notes:
+        st.caption(plain_text(note))
 
 
 def show_cards(outcome: Outcome) -> None:
@@ -405,9 +414,9 @@ def show_cards(outcome: Outcome) -> None:
         for cell, (label, value, below) in zip(st.columns(len(cards)), cards, strict=True):
             cell.metric(label, value, below, delta_color="off", delta_arrow="off", border=True)
     if lesions is not None:
-        st.caption(plain_text(describe(lesions.facts)))
         if lesions.facts["contradiction"]:
             st.warning(plain_text(lesions.facts["contradiction"]))
+        st.caption(plain_text(describe(lesions.facts | {"contradiction": None})))
     if outcome.heat is not None:
         st.caption("Grad-CAM shows what moves the network's score; it is not a localisation of lesions.")
 

@@ -21,7 +21,6 @@ from app_data import (
     Case,
     Checkpoint,
     Checkpoints,
-    Folders,
     Noise,
     Series,
     Source,
@@ -37,9 +36,9 @@ from app_data import (
     outlined,
     pick_device,
     reading,
-    stamp,
     study_of,
 )
+from app_files import Folders, stamp
 from app_words import (
     arm_colours,
     arm_labels,
@@ -365,6 +364,7 @@ def show_numbers(
                 score_table(scan, scores), hide_index=True, column_config=score_columns(), placeholder="n/a"
             )
             names = dict.fromkeys(arm.name for arm in scan.arms)
+            st.caption(calibration_note(scan.arms))
             st.caption("Pipelines: " + " · ".join(f"**{n}** {LEGEND[n]}" for n in names).replace("->", "→"))
         else:
             st.caption("No classifier, no probabilities.")
@@ -423,6 +423,21 @@ def score_table(scan: Shown, scores: Sequence[tuple[np.ndarray, np.ndarray]]) ->
     if not any(arm.classifier.facts["classes"][1:] for arm in scan.arms):
         frame = frame.drop(columns="classes")
     return frame.astype({"scan threshold": float})
+
+
+def calibration_note(arms: Sequence[Arm]) -> str:
+    """How far the probabilities can be believed, as the checkpoints have it."""
+    found = {}
+    for arm in arms:
+        temperature = arm.classifier.facts.get("temperatures", {}).get("scan", {}).get("value")
+        if temperature is not None:
+            found[arm.classifier.name] = f"{plain_text(arm.classifier.name)} {temperature:.2f}"
+    note = "Probabilities are as the networks give them, not calibrated"
+    if found:
+        note += (
+            f"; best on validation with the temperature (1: right as it is) of {', '.join(found.values())}"
+        )
+    return note + "."
 
 
 def score_columns() -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import anatomy
-from dose import DOSE_MODELS
 
+NOTICE = "research use only"  # as in display, which needs torch
 # Okabe and Ito 2008, told apart by the colour-blind
 ARM_COLOURS = {"1": "#e69f00", "1n": "#cc79a7", "2": "#0072b2", "2d": "#009e73"}
 OTHER_COLOURS = ("#56b4e9", "#d55e00", "#999999", "#882255", "#117733", "#332288")
@@ -56,6 +56,8 @@ def first_look(slice_labels: Sequence[dict]) -> int:
 
 def dose_text(dose_model: str, dose: float) -> str:
     """A dose with its unit and, where the model has one, its share of a routine scan."""
+    from dose import DOSE_MODELS  # here, as it needs torch, which the first page can do without
+
     model = DOSE_MODELS.get(dose_model)
     if model is None:
         return f"{dose:g}"

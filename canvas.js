@@ -241,6 +241,7 @@ class Viewer {
       return made;
     }));
     for (const [name, b] of Object.entries(this.overlayButtons)) b.hidden = !scan[name];
+    this.paneButtons[0].parentElement.hidden = scan.layers.length < 2;
     this.overlayGroup.hidden = !(scan.truth || scan.found || scan.heat);
     this.toolButtons.blink.hidden = scan.layers.length < 2;
     this.opacity.value = state.opacity;
@@ -783,7 +784,7 @@ class Viewer {
     const mm = SCALE_BAR_MM * frame.perMm < height * 0.5 ? SCALE_BAR_MM : 10;
     const length = mm * frame.perMm, x = width - 12 * scale, y = height * 0.72 - length / 2;
     if (length > height * 0.45) return;
-    Object.assign(ctx, { strokeStyle: "#b9b9c0", lineWidth: scale });
+    Object.assign(ctx, { strokeStyle: "#b9b9c0", lineWidth: scale, lineCap: "butt" });
     ctx.beginPath();
     for (let i = 0; i <= 5; i++) ctx.moveTo(x, y + (length * i) / 5), ctx.lineTo(x - (i % 5 ? 4 : 7) * scale, y + (length * i) / 5);
     ctx.moveTo(x, y);
@@ -817,9 +818,10 @@ class Viewer {
     scores.forEach(({ values, threshold, colour, label }, number) => {
       Object.assign(ctx, { strokeStyle: colour, fillStyle: colour, lineWidth: 1.75 });
       ctx.beginPath();
-      values.forEach((p, i) => (i ? ctx.lineTo(middle(i), high(p)) : ctx.moveTo(middle(i), high(p))));
+      values.forEach((p, i) => (i && values[i - 1] !== null ? ctx.lineTo(middle(i), high(p)) : ctx.moveTo(middle(i), high(p))));
       ctx.stroke();
       values.forEach((p, i) => {
+        if (p === null) return; // not known
         ctx.beginPath();
         ctx.arc(middle(i), high(p), Math.min(3, step / 3), 0, 7);
         ctx.fill();
@@ -833,7 +835,7 @@ class Viewer {
         ctx.stroke();
         ctx.setLineDash([]);
       }
-      const here = `${label} ${values[state.index.axial].toFixed(3)}`;
+      const here = `${label} ${values[state.index.axial]?.toFixed(3) ?? "n/a"}`;
       ctx.textAlign = "left";
       const x = left + scores.slice(0, number).reduce((sum, one) => sum + ctx.measureText(`${one.label} 0.000`).width + 26, 0);
       ctx.fillRect(x, 6, 10, 3);

@@ -77,14 +77,15 @@ class Cells:
     def __init__(self, folder: Path, pack: Pack, mask: str, seed: int):
         self.folder, self.pack, self.mask, self.seed = Path(folder), pack, mask, seed
         self.reference = pack.image if pack.truth is None else pack.truth
+        self.identity = functools.cache(_identity)  # files are hashed once
 
     # ------------------------------------------------------------ what there is
 
     def path(self, cell: Cell) -> Path:
         condition = cell.condition
         decides = [
-            *(CELL_FORMAT, self.pack.key, condition, _identity(cell.denoiser), _identity(cell.reader)),
-            *(cell.kind, cell.patients, self.seed),
+            *(CELL_FORMAT, self.pack.key, condition, self.identity(cell.denoiser)),
+            *(self.identity(cell.reader), cell.kind, cell.patients, self.seed),
             *([self.mask] if cell.kind == "quality" else []),
         ]
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
@@ -147,7 +148,7 @@ class Cells:
             dist.barrier()  # before the first cell is written: all must deal out the same ones
         groups: dict[tuple, list[Cell]] = {}
         for cell in missing:
-            groups.setdefault((cell.condition, cell.patients, _identity(cell.denoiser)), []).append(cell)
+            groups.setdefault((cell.condition, cell.patients, self.identity(cell.denoiser)), []).append(cell)
         mine = [own for number, own in enumerate(groups.values()) if number % place.size == place.rank]
         noisy: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         with stage.progress([], desc="cells", total=sum(map(len, mine)), unit="cell") as bar:
@@ -193,12 +194,7 @@ def _identity(network: Network | None) -> str | None:
     """What tells a network from all others: the hash of its file, the name of a classical method."""
     if network is None:
         return None
-    return str(network.path) if is_classical(network) else _file_hash(network.path)
-
-
-@functools.cache
-def _file_hash(path: Path) -> str:
-    return checkpoints.file_sha256(path)
+    return str(network.path) if is_classical(network) else checkpoints.file_sha256(network.path)
 
 
 # ---------------------------------------------------------------- what is read out of images

@@ -27,6 +27,7 @@ from study import LEVELS
 
 WIDTH_INCHES = {1: 3.5, 2: 5.2}  # by panels side by side: one column of a journal, one and a half
 PAGE_INCHES = 7.2  # both columns
+SLICE_DPI = 150  # of slices in an SVG, whose lines have none: 216 pixels a slice
 DPI = 300  # of PNG: what journals ask of pictures that mix lines and grey
 INK, FAINT = "#26282b", "#d8dadd"
 GREY = "#8a8d91"  # seen on white and on black
@@ -70,7 +71,8 @@ def arm_looks(labels: Sequence[str]) -> dict[str, Look]:
 def image_looks(denoisers: Iterable[str]) -> dict[str, Look]:
     """A look for each denoiser; NOISY is drawn in ink."""
     others = [name for name in dict.fromkeys(denoisers) if name != NOISY]
-    looks = zip(OTHER_COLOURS * len(others), MARKERS[1:] * len(others), strict=True)
+    # from the other end than arms, so that hardly a colour means both
+    looks = zip(OTHER_COLOURS[::-1] * len(others), MARKERS[1:] * len(others), strict=False)
     return {NOISY: Look(INK, MARKERS[0])} | dict(zip(others, (Look(*one) for one in looks), strict=False))
 
 
@@ -80,11 +82,14 @@ def image_looks(denoisers: Iterable[str]) -> dict[str, Look]:
 @styled
 def save(folder: Path, name: str, figure: Figure) -> str:
     """Write <folder>/<name>.png and .svg, the same bytes every time. Returns the text of the SVG."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not for each file
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")  # laid out once, not for each file
     picture, drawing = io.BytesIO(), io.StringIO()
     figure.savefig(picture, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    figure.savefig(drawing, format="svg", dpi=DPI, facecolor="none", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        drawing, format="svg", dpi=SLICE_DPI, facecolor="none", metadata={"Date": None, "Creator": None}
+    )
     for end, content in (("png", picture.getvalue()), ("svg", drawing.getvalue().encode())):
         with stage.atomic_write(Path(folder) / f"{name}.{end}", "wb") as file:
             file.write(content)
@@ -215,7 +220,8 @@ def dose_response(rows: Sequence[dict], looks: dict[str, Look]) -> Figure:
             for null in {known(row["auc_null"]) for own in arms.values() for row in own}:
                 axis.axhline(null, color=GREY, linestyle="--", linewidth=0.9, label="position alone")
         _dose_axis(axis, rows)
-        axis.set_ylim(top=min(axis.get_ylim()[1], 1.02))
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(max(bottom, -0.02), min(top, 1.02))
     _legend(figure)
     return figure
 
@@ -306,11 +312,11 @@ QUALITY = {
     **{"contrast_kept_infarct": "contrast kept, infarct", "cnr_infarct": "CNR, infarct"},
     "d_prime_infarct": "d', infarct of 12 mm and -5 HU",
 }
-SHOWN_TISSUES = ("brain", "csf", "bone", "skin")
+TISSUE_WORDS = {"brain": "brain", "csf": "CSF", "bone": "bone", "skin": "soft tissue"}
 TISSUES = {
-    f"{name}_{tissue}_hu": f"{words} in {'soft tissue' if tissue == 'skin' else tissue}, HU"
+    f"{name}_{tissue}_hu": f"{words} in {TISSUE_WORDS[tissue]}, HU"
     for name, words in (("rmse", "RMSE"), ("bias", "bias"))
-    for tissue in SHOWN_TISSUES
+    for tissue in TISSUE_WORDS
 }
 
 
@@ -527,13 +533,15 @@ def stress(rows: Sequence[dict], looks: dict[str, Look]) -> Figure:
     figure, axes = _grid([f"{NAMES[kind]}, {artifact}" for artifact in artifacts for kind in kinds])
     for number, axis in enumerate(axes):
         artifact, kind = artifacts[number // len(kinds)], kinds[number % len(kinds)]
-        for arm, own in of_arm(rows, artifact=artifact, kind=kind).items():
+        arms = of_arm(rows, artifact=artifact, kind=kind)
+        for nth, (arm, own) in enumerate(arms.items()):
             own = sorted(own, key=lambda row: row["severity"])
             # the table calls the ends of a difference low and high
             shown = [{"y": row["estimate"], "y_low": row["low"], "y_high": row["high"]} | row for row in own]
-            _curve(axis, _column(own, "severity"), shown, "y", looks[arm], f"arm {arm}")
+            x = _column(own, "severity") + 0.008 * (nth - (len(arms) - 1) / 2)
+            _curve(axis, x, shown, "y", looks[arm], f"arm {arm}")
         axis.axhline(0, color=INK, linewidth=0.6)
-        axis.set(xlabel="severity", ylabel="change")
+        axis.set(xlabel="severity", ylabel="change", xlim=(0, 1.05))
     _legend(figure)
     return figure
 
@@ -542,7 +550,7 @@ def stress(rows: Sequence[dict], looks: dict[str, Look]) -> Figure:
 def external(rows: Sequence[dict], names: dict[str, str]) -> Figure:
     """AUC of each classifier on each set, and its drop. rows: of tables.external. names: of the sets."""
     arms = list(dict.fromkeys((row["pipeline"], row["classifier"], row["denoiser"]) for row in rows))
-    size = min(PAGE_INCHES, 2.4 + 1.3 * len(names)), 0.9 + 0.42 * len(arms)
+    size = min(PAGE_INCHES, 3.2 + 1.3 * len(names)), 0.9 + 0.42 * len(arms)
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     values = np.full((len(arms), len(names)), math.nan)
@@ -557,7 +565,11 @@ def external(rows: Sequence[dict], names: dict[str, str]) -> Figure:
         axis.text(at[1], at[0], f"{auc}\n{words}", ha="center", va="center", color=ink, fontsize=7)
     axis.imshow(np.ma.masked_invalid(values), cmap="Blues", vmin=0.5, vmax=1, aspect="auto")
     axis.set_xticks(range(len(names)), names.values())
-    axis.set_yticks(range(len(arms)), [f"arm {arm[0]}, {arm[1].removesuffix('.pt')}" for arm in arms])
+    labels = [
+        ", ".join(filter(None, (f"arm {pipeline}", denoiser, classifier))).replace(".pt", "")
+        for pipeline, classifier, denoiser in arms
+    ]
+    axis.set_yticks(range(len(arms)), labels)
     axis.grid(visible=False)
     axis.set_title("AUC per scan")
     return figure
@@ -589,7 +601,7 @@ def seed_bars(rows: Sequence[dict], looks: dict[str, Look]) -> Figure:
 def seed_boxes(rows: Sequence[dict], looks: dict[str, Look]) -> Figure:
     """Numbers of the single networks as boxes.
 
-    rows: of tables.network_rows, of a task, model and level, with the label of its family as arm."""
+    rows: of tables.seeds, of a task, model and level, with the label of its family as arm."""
     doses = sorted({row["dose"] for row in rows})
     arms = of_arm(rows)
     figure, axes = _grid(list(SCORES.values()))
@@ -642,7 +654,7 @@ class Tile(NamedTuple):
     found: np.ndarray | None = None
 
 
-TILES = 5  # on a page
+TILES = 5  # beside each other, so that all slices are of one size
 
 
 @styled
@@ -650,9 +662,11 @@ def failure(tiles: Sequence[Tile]) -> Figure:
     """Slices side by side, true lesions outlined green and found ones red."""
     side = PAGE_INCHES / TILES
     height = side + 0.2
-    figure = Figure(figsize=(side * len(tiles), height))
-    axes = figure.subplots(1, len(tiles), squeeze=False)[0]
-    for axis, tile in zip(axes, tiles, strict=True):
+    figure = Figure(figsize=(PAGE_INCHES, height))
+    axes = figure.subplots(1, TILES)
+    for axis in axes[len(tiles) :]:
+        axis.remove()
+    for axis, tile in zip(axes, tiles, strict=False):
         axis.imshow(tile.picture, interpolation="hanning")
         for mask, colour in ((tile.found, FOUND_RGB), (tile.truth, TRUE_RGB)):
             if mask is not None and mask.any():

@@ -14,32 +14,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import comparisons
-import display
-import explained
 import figures
-import intervals
+import gallery
+import methods
 import metrics
 import stage
-from anatomy import LESION_CLASSES
 from arms import Family, family_name
 from cells import Cell
-from dataset import BRAIN_WINDOW, TASKS
-from explain import FULL_HEAT, overlay
-from figures import NAMES, Answers, Look, Tile, Volumes, dose_words, known, stratum_words
-from inference import LEGEND, denoise, read, segment
+from explain import FULL_HEAT
+from figures import NAMES, Answers, Look, Volumes, dose_words, known, stratum_words
+from inference import LEGEND
 from metrics import shown
 from study import LEVELS, PRIMARY_LEVEL, Study
 
 STYLE_SHEET = Path(__file__).with_suffix(".css")
 SIGNIFICANT = 0.05  # of p after Holm's correction
-JUDGED = ("auc", "sens")  # what verdicts are about
 FAILURES = 8  # shown: a page or two
 LISTED = 40  # rows of a long table; its file has all
-BLANK = "to be filled in by the authors"
 FIGURES = (  # how the names of figures begin
     *("dose_response", "strata", "non_inferiority", "image_", "noise_spectra", "roc_", "reliability"),
     *("calibration", "segmentation", "bland_altman", "stress", "external", "seed_", "failure_"),
 )
+NAMES_IN_DIGITS = ("arm", "against", "patient")  # which are no numbers
 BLANK_CELL = ' class="blank"'
 
 # ---------------------------------------------------------------- the answer
@@ -65,7 +61,12 @@ def answer(study: Study, found: dict[str, list[dict]]) -> list[str]:
     lines = []
     for task, model in dict.fromkeys((row["task"], row["dose_model"]) for row in rows):
         own = [row for row in rows if (row["task"], row["dose_model"]) == (task, model)]
-        lines.append(_dose_sentence(task, model, own, study.design.reference(model)))
+        reference = next(
+            row["reference"]
+            for row in found["against_reference"]
+            if (row["task"], row["dose_model"]) == (task, model)
+        )
+        lines.append(_dose_sentence(task, model, own, reference, study.design.reference(model)))
         lines += _denoising_sentence(task, model, found["between_arms"])
     return lines or [_image_sentence(found["image_quality"])]
 
@@ -86,8 +87,10 @@ def _denoises(row: dict) -> bool:
     return row["denoiser"] is not None or row["pipeline"] == "2j"
 
 
-def _dose_sentence(task: str, model: str, rows: Sequence[dict], reference_dose: float) -> str:
-    first, *others = _standings(rows)
+def _dose_sentence(task: str, model: str, rows: Sequence[dict], reference: str, reference_dose: float) -> str:
+    standings = _standings(rows)
+    first = next(one for one in standings if one.arm == reference)
+    others = [one for one in standings if one is not first]
     who = f"arm {first.arm} ({'with' if first.denoises else 'no'} denoising)"
     ends = [_clause(who, first, model, reference_dose)]
     denoising = [one for one in others if one.denoises]
@@ -96,8 +99,8 @@ def _dose_sentence(task: str, model: str, rows: Sequence[dict], reference_dose: 
         choice = f"the best of {len(denoising)} " if len(denoising) > 1 else ""
         ends.append(_clause(f"arm {best.arm} ({choice}with denoising)", best, model, reference_dose))
     margins = {row["kind"]: row["margin"] for row in rows}
-    allowed = " and ".join(f"{NAMES[kind]} {margin:g}" for kind, margin in margins.items())
-    return f"{task.capitalize()}, per scan, margins {allowed}, {model} dose: {'; '.join(ends)}."
+    allowed = ", ".join(f"{NAMES[kind]} {margin:g}" for kind, margin in margins.items())
+    return f"{task.capitalize()}, per scan ({model}; margins: {allowed}): {'; '.join(ends)}."
 
 
 def _rank(standing: Standing) -> tuple[float, float]:
@@ -111,27 +114,35 @@ def _clause(who: str, standing: Standing, model: str, reference_dose: float) -> 
         if standing.dose == reference_dose:
             return f"{who} was read at one dose only, so no cut was tried"
         return f"{who} was non-inferior down to {dose_words(model, standing.dose)}, the lowest dose tried"
-    reasons = " and ".join(map(_reason, standing.limiting))
+    reasons = " and ".join(_reasons(standing.limiting))
     at = dose_words(model, standing.failed_dose)
     if math.isnan(standing.dose):
-        return f"for {who} no dose was shown to be non-inferior, as at {at} {reasons}"
+        return f"for {who} no dose was shown to be non-inferior: at {at} {reasons}"
     if standing.dose == reference_dose:
-        return f"for {who} no cut of the dose was shown to be non-inferior, as at {at} {reasons}"
-    return f"{who} was non-inferior down to {dose_words(model, standing.dose)}, and at {at} {reasons}"
+        return f"for {who} no cut of the dose was shown to be non-inferior: at {at} {reasons}"
+    return f"{who} was non-inferior down to {dose_words(model, standing.dose)}; at {at} {reasons}"
 
 
-def _reason(row: dict) -> str:
-    """Why a verdict stopped."""
-    name = NAMES[row["kind"]]
-    change = f"{_signed(row['failed_estimate'])}, 95 % CI {_range(row, 'failed', 2)}"
-    if row["how"] == "inferior":
-        return f"its {name} was inferior ({change})"
-    if row["how"] == "unknown":
-        return f"its {name} is unknown (it cannot be computed from these scans)"
-    power = f"{row['patients']} patients give a power of {shown(row['power'], 2)}"
-    if not row["power"] >= comparisons.POWER:
-        power += f"; {100 * comparisons.POWER:g} % would take {shown(row['patients_needed'], 0)}"
-    return f"its {name} is inconclusive ({change}; {power})"
+def _reasons(rows: Sequence[dict]) -> list[str]:
+    """Why verdicts stopped; of what is inconclusive with the power of what takes most patients."""
+    found = []
+    for how in ("inferior", "inconclusive", "unknown"):
+        own = [row for row in rows if row["how"] == how]
+        if not own:
+            continue
+        names = " and ".join(NAMES[row["kind"]] for row in own)
+        text = f"its {names} {'is' if len(own) == 1 else 'are'} {how}"
+        if how == "inferior":
+            text += f" ({', '.join(_signed(row['failed_estimate']) for row in own)})"
+        if how == "inconclusive":
+            worst = max(own, key=lambda row: np.nan_to_num(row["patients_needed"]))
+            about = f"for the {NAMES[worst['kind']]} " if len(own) > 1 else ""
+            text += f" ({about}{worst['patients']} patients give a power of {shown(worst['power'], 2)}"
+            if worst["power"] < comparisons.POWER:
+                text += f", and {100 * comparisons.POWER:g} % would take {shown(worst['patients_needed'], 0)}"
+            text += ")"
+        found.append(text)
+    return found
 
 
 def _denoising_sentence(task: str, model: str, rows: Sequence[dict]) -> list[str]:
@@ -150,7 +161,7 @@ def _denoising_sentence(task: str, model: str, rows: Sequence[dict]) -> list[str
             for row in mine
             if row["p_holm"] < SIGNIFICANT
         ]
-        rest = "nothing else was shown" if changes else "no difference was shown at any dose"
+        rest = "no other difference was shown" if changes else "no difference was shown at any dose"
         parts.append(f"arm {arm} against arm {mine[0]['against']}: {', '.join([*changes, rest])}")
     return [f"Does denoising help? {task.capitalize()}, {'; '.join(parts)} (Holm, p < {SIGNIFICANT:g})."]
 
@@ -170,9 +181,14 @@ def _image_sentence(rows: Sequence[dict]) -> str:
 # ---------------------------------------------------------------- numbers in words
 
 
+def _number(value: float | None, digits: int = 2) -> str:
+    """As metrics.shown, without a sign of what is rounded to nothing."""
+    return shown(round(known(value), digits) + 0.0, digits)
+
+
 def _signed(value: float, digits: int = 2) -> str:
-    text = shown(value, digits)
-    return text if text.startswith(("-", "n/a")) else f"+{text}"
+    text = _number(value, digits)
+    return f"+{text}" if known(value) > 0 and float(text) else text
 
 
 def _range(row: dict, name: str, digits: int) -> str:
@@ -221,7 +237,10 @@ class Page:
             return ""
         self.tables += 1
         cells = [[str(make(row)) for make in columns.values()] for row in rows]
-        kinds = [' class="n"' if all(map(_numeric, column)) else "" for column in zip(*cells, strict=True)]
+        kinds = [
+            ' class="n"' if name not in NAMES_IN_DIGITS and _numeric(column) else ""
+            for name, column in zip(columns, zip(*cells, strict=True), strict=True)
+        ]
         head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
         body = "".join(f"<tr>{''.join(map(_cell, kinds, line))}</tr>\n" for line in cells)
         return (
@@ -231,11 +250,12 @@ class Page:
 
 
 def _cell(kind: str, text: str) -> str:
-    return f"<td{BLANK_CELL if text == BLANK else kind}>{escape(text)}</td>"
+    return f"<td{BLANK_CELL if text == methods.BLANK else kind}>{escape(text)}</td>"
 
 
-def _numeric(text: str) -> bool:
-    return re.fullmatch(r"(n/a|[-+<]? ?[\d.]+( .*)?)", text) is not None
+def _numeric(texts: Sequence[str]) -> bool:
+    numbers = all(re.fullmatch(r"(n/a|none|to|[-+<\d.%→±() ])*", text) for text in texts)
+    return numbers and any(re.search(r"\d", text) for text in texts)
 
 
 def inline(drawing: str, name: str, words: str) -> str:
@@ -466,9 +486,9 @@ class Report:
         }
         low, high = metrics.RANGE_HU
         errors = {"MSE": "mse", "RMSE": "rmse_hu", "PSNR": "psnr", "SSIM": "ssim"}
-        for kind in ("rmse", "bias"):
-            names = {tissue: "soft" if tissue == "skin" else tissue for tissue in figures.SHOWN_TISSUES}
-            errors |= {f"{kind} {words}": f"{kind}_{tissue}_hu" for tissue, words in names.items()}
+        for kind, word in (("rmse", "RMSE"), ("bias", "bias")):
+            names = figures.TISSUE_WORDS.items()
+            errors |= {f"{word} {words}": f"{kind}_{tissue}_hu" for tissue, words in names}
         use = {"noise SD": "noise_sd_ratio", "texture": "spectrum_distance"}
         use |= {"edges brain": "edge_sharpness_brain", "edges skull": "edge_sharpness_skull"}
         for kind, signal in (("blood", "bleed"), ("infarct", "infarct")):
@@ -489,27 +509,20 @@ class Report:
         )
 
         def columns(names: dict[str, str]) -> dict[str, Callable[[dict], str]]:
-            return {words: lambda row, name=name: shown(row[name], 2) for words, name in names.items()}
+            return {words: lambda row, name=name: _number(row[name]) for words, name in names.items()}
 
         return "".join(self.page.table(caption, about | columns(names), rows) for names, caption in captions)
 
     def probabilities(self) -> tuple[str, str]:
         parts = []
-        pairs = dict.fromkeys((row["task"], row["dose_model"]) for row in self.found["dose_response"])
-        for task, model in pairs:
-            end = (f"_{task}" if len({one for one, _ in pairs}) > 1 else "") + (
-                f"_{model}" if len({one for _, one in pairs}) > 1 else ""
-            )
+        for end, about, rows in self.groups("dose_response"):
             for level in LEVELS[::-1]:
-                answers = self._answers(task, model, level)
-                caption = (
-                    f"{task}, {model}: ROC curves per {level}, one of each network and noise. Dashed: chance."
-                )
+                answers = self._answers(rows[0]["task"], rows[0]["dose_model"], level)
+                caption = f"{about}ROC curves per {level}, one of each network and noise. Dashed: chance."
                 parts.append(self.page.figure(f"roc_{level}{end}", figures.roc(answers, self.arms), caption))
             caption = (
-                f"{task}, {model}: reliability per slice, networks and noises together, in "
-                f"{figures.RELIABILITY_BINS} bins. On the dashed line a probability is as often right as it "
-                "says."
+                f"{about}Reliability per slice, networks and noises together, in {figures.RELIABILITY_BINS} "
+                "bins. On the dashed line a probability is as often right as it says."
             )
             drawn = figures.reliability_diagram(answers, self.arms)
             parts.append(self.page.figure(f"reliability{end}", drawn, caption))
@@ -587,6 +600,7 @@ class Report:
             "dose": _dose,
             "scans": lambda row: row["n_cases"],
             "Dice": lambda row: _with_interval(row, "dice", 2),
+            "gain by denoising": lambda row: _with_interval(row, "dice_gain", 2),
             "lesions found": lambda row: _with_interval(row, "any_recall", 2),
             "precision": lambda row: _with_interval(row, "any_precision", 2),
             "false volume, ml": lambda row: shown(row["false_positive_ml"], 2),
@@ -681,6 +695,9 @@ class Report:
         return _section("Other test sets", *parts, self.page.table(caption, columns, rows))
 
     def seeds(self) -> tuple[str, str]:
+        networks = [
+            row | {"arm": self._label(row)} for row in self.found["seeds"] if row["level"] == PRIMARY_LEVEL
+        ]
         parts = []
         for end, about, rows in self.groups("dose_response", level=PRIMARY_LEVEL):
             if all(math.isnan(known(row["auc_seed_sd"])) for row in rows):
@@ -688,27 +705,22 @@ class Report:
             caption = f"{about}Mean and SD over training seeds and noises, per scan."
             parts.append(self.page.figure(f"seed_bars{end}", figures.seed_bars(rows, self.arms), caption))
             task, model = rows[0]["task"], rows[0]["dose_model"]
-            own = [
-                row | {"arm": self._label(row)}
-                for row in self.found["experiments"]
-                if (row["task"], row["dose_model"], row["level"]) == (task, model, PRIMARY_LEVEL)
-            ]
+            own = [row for row in networks if (row["task"], row["dose_model"]) == (task, model)]
             caption = (
                 f"{about}The single networks, per scan: median, quartiles and range, each network a mark."
             )
             parts.append(self.page.figure(f"seed_boxes{end}", figures.seed_boxes(own, self.arms), caption))
-        rows = [row for row in self.found["seeds"] if row["level"] == PRIMARY_LEVEL]
-        columns = {
+        columns = self._about(networks) | {
             "arm": lambda row: row["arm"],
             "classifier": lambda row: row["classifier"],
             "training seed": lambda row: row["seed"],
             "noise seed": lambda row: row["noise_seed"],
-            "dose": lambda row: f"{row['dose']:g}",
+            "dose": _dose,
             **{words: lambda row, name=name: shown(row[name]) for name, words in figures.SCORES.items()},
         }
-        more = f"; the first {LISTED} of {len(rows)}" if len(rows) > LISTED else ""
+        more = f"; the first {LISTED} of {len(networks)}" if len(networks) > LISTED else ""
         caption = f"Every network per scan{more}. tables/seeds.csv has all, per slice too"
-        return _section("Training seeds", *parts, self.page.table(caption, columns, rows[:LISTED]))
+        return _section("Training seeds", *parts, self.page.table(caption, columns, networks[:LISTED]))
 
     def _label(self, row: dict) -> str:
         before = None if row["denoiser"] is None else family_name(Path(row["denoiser"]))
@@ -727,7 +739,7 @@ class Report:
             chosen.setdefault((row["patient"], row["arm"], row["task"]), row)
         parts = [
             self.page.figure(
-                f"failure_{number}", figures.failure(failure_tiles(self.study, row)), self._told(row)
+                f"failure_{number}", figures.failure(gallery.failure_tiles(self.study, row)), self._told(row)
             )
             for number, row in enumerate(list(chosen.values())[:FAILURES], start=1)
         ]
@@ -741,7 +753,7 @@ class Report:
             "dose": _dose,
             "change": lambda row: row["change"],
             "patient": lambda row: row["patient"],
-            "finding": lambda row: finding(self.study.pack.series[row["row"]]["labels"]),
+            "finding": lambda row: gallery.finding(self.study.pack.series[row["row"]]["labels"]),
             "at the highest dose": lambda row: shown(row["score_reference"]),
             "here": lambda row: shown(row["score"]),
             "p (McNemar)": lambda row: _p(row["mcnemar_p"]),
@@ -759,159 +771,18 @@ class Report:
         reference = dose_words(model, self.study.design.reference(model))
         change = "right, then wrong" if row["change"] == "lost" else "wrong, then right"
         return (
-            f"Patient {row['patient']}, {finding(self.study.pack.series[row['row']]['labels'])}; arm "
+            f"Patient {row['patient']}, {gallery.finding(self.study.pack.series[row['row']]['labels'])}; arm "
             f"{row['arm']}: {change}. Score {shown(row['score_reference'])} at {reference}, "
             f"{shown(row['score'])} at {_dose(row)}."
         )
 
 
-def finding(labels: dict) -> str:
-    """Labels of a scan in words."""
-    names = [name for name in LESION_CLASSES if labels.get(name) == 1]
-    if not names and labels.get("any") == 1:
-        return "haemorrhage"
-    unknown = labels.get("any") is None and labels.get("ischemia") is None
-    return ", ".join(names) or ("unknown finding" if unknown else "no lesion")
-
-
-def failure_tiles(study: Study, flip: dict) -> list[Tile]:
-    """A slice of a scan that flips, at the reference dose and at the lower one, as it is and as it is read.
-
-    flip: a row of tables.flips."""
-    arm = study.families[Family(*(flip[name] for name in ("task", "pipeline", "denoiser", "classifier")))][0]
-    pack, model = study.pack, flip["dose_model"]
-    rows = np.flatnonzero(pack.series_of == flip["row"])
-    doses = study.design.reference(model), flip["dose"]
-    low, seen, outlined = {}, {}, {}
-    outline = next(
-        (one for before in (arm.denoiser, None) for one in study.outlines if one.denoiser is before), None
-    )
-    for dose in doses:
-        low[dose], levels = study.cells.images(study.at(model, dose)[0], rows)
-        seen[dose] = low[dose]
-        if arm.denoiser is not None:
-            seen[dose] = denoise(arm.denoiser.network, low[dose], levels)
-        if outline is not None:
-            images = low[dose] if outline.denoiser is None else seen[dose]
-            threshold = outline.segmenter.facts["thresholds"]["lesion"]["value"]
-            outlined[dose] = segment(outline.segmenter.network, images, None, threshold) > 0
-    called = doses[0] if (flip["change"] == "lost") == (flip["target"] == 1) else doses[1]
-    name, suspicion = _suspected(arm.task, arm.classifier.network, seen[called])
-    truth = None if pack.mask is None else np.asarray(pack.mask[rows]) > 0
-    place = int(np.argmax(suspicion if truth is None or not truth.any() else truth.sum((1, 2))))
-    affine = pack.series[flip["row"]]["affine"]
-
-    def turned(image: np.ndarray) -> np.ndarray:
-        return display.radiological(image, affine)
-
-    def tile(words: str, images: np.ndarray, dose: float) -> Tile:
-        grey = display.to_grey(turned(images[place]), *BRAIN_WINDOW)
-        masks = (None if mask is None else turned(mask[place]) for mask in (truth, outlined.get(dose)))
-        return Tile(f"{dose_words(model, dose)}{words}", np.repeat(grey[..., None], 3, axis=2), *masks)
-
-    tiles = [tile("", low[dose], dose) for dose in doses]
-    if arm.denoiser is not None:
-        tiles.append(tile(", denoised", seen[doses[1]], doses[1]))
-    for dose in doses:
-        answers = explained.Seen(lambda _, images=seen[dose]: images, np.empty(0))
-        try:
-            _, ((heat,),) = explained.heats(
-                [arm.classifier.network], answers, pack, [int(rows[place])], name, "grad-cam"
-            )
-        except stage.InputError:  # a network without feature maps
-            break
-        picture = turned(overlay(seen[dose][place], heat))
-        mask = None if truth is None else turned(truth[place])
-        tiles.append(Tile(f"{dose_words(model, dose)}, Grad-CAM", picture, mask))
-    return tiles
-
-
-def _suspected(task: str, network: Any, images: np.ndarray) -> tuple[str, np.ndarray]:
-    """(the class that a scan is likeliest to be ill of, how likely each slice is ill)."""
-    answers = read(network, images)
-    ill = np.flatnonzero(TASKS[task].positive(np.eye(len(network.classes))))
-    return network.classes[ill[answers.scans[0, ill].argmax()]], TASKS[task].positive(answers.slices)
-
-
-# ---------------------------------------------------------------- methods
-
-DOSE_WORDS = {  # by the beginning of a dose model's name
-    "projection": "the noise that a lower tube current would add was simulated in the sinogram of a fan of rays, "
-    "quantum and electronic, reconstructed and added to the image (after Yu et al. 2012)",
-    "reprojection": "the image was projected, its photons were thinned, and it was reconstructed anew",
-    "calibrated": "Poisson noise, slice by slice, on a scale at which lambda 40 is a routine head scan",
-    "poisson": "Poisson noise on intensities 0 to 1 of the brain window, slice by slice; it knows no routine dose",
-    "measured": "real low-dose images of the same scans",
-}
-STATISTICS = (
-    "Every arm reads the same patients with the same noise. Arms that differ by training seeds alone are "
-    "one arm, whose numbers are means over its networks. 95 % intervals and p are for patients drawn anew, "
-    "the networks being fixed; the SD over training seeds stands beside them. Where each scan is a patient "
-    "of its own: AUC by DeLong's variance (DeLong 1988; Sun and Xu 2014), rates by Clopper and Pearson "
-    "(1934), differences of rates by Tango's score interval (1998) with a design effect for clustered "
-    "calls (Rao and Scott 1992). Else: bootstrap over patients with {replicates} replicates (Efron and "
-    "Tibshirani 1993). Tests of a task, dose model, level and kind of number are one family, adjusted "
-    "after Holm (1979). Calls that flip: exact test of McNemar (1947). Non-inferiority: the lower end of "
-    "the 95 % interval of the difference to the reference (its first arm at the highest dose) lies above "
-    "minus the margin, a one-sided test at 2.5 %, dose after dose from the highest down until one fails, "
-    "which needs no correction for the number of doses (Maurer et al. 1995; ICH E9). It holds for one arm "
-    "and one number; several are several claims, and the best of several arms is picked after the fact. "
-    "Thresholds were chosen on validation patients and kept at every dose. ECE after Guo et al. 2017, "
-    "Brier score after Brier 1950, d' by a channelised Hotelling observer with difference-of-Gaussian "
-    "channels (Abbey and Barrett 2001; Barrett and Myers 2004), noise power spectra after Siewerdsen et "
-    "al. 2002, SSIM after Wang et al. 2004, Grad-CAM after Selvaraju et al. 2017."
-)
-PHANTOM = (
-    "These data are computer-drawn phantoms. Their lesions, anatomy and noise are simpler than those of "
-    "people, and the networks have learnt the phantom as much as the lesion. What is found here about "
-    "doses, denoisers and classifiers is found about phantoms; it says nothing of patients and is no "
-    "ground for lowering a dose."
-)
-NOTICE = "Research use only. Not a medical device; not for diagnosis, and not for setting the dose of a scan."
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-
-
-def _sources(study: Study) -> list[str]:
-    return sorted({series["source"] for series in study.pack.series})
-
-
 def _methods(page: Page, study: Study, manifest: dict) -> tuple[str, str]:
-    design, pack = study.design, study.pack
-    doses = "; ".join(
-        f"{model}: " + ", ".join(dose_words(model, dose) for dose in doses)
-        for model, doses in design.ladders.items()
-    )
-    models = "; ".join(
-        f"{model}: {next(words for start, words in DOSE_WORDS.items() if model.startswith(start))}"
-        for model in design.ladders
-    )
-    truth = "the noise-free truth" if pack.truth is not None else "the image at its own dose"
-    paragraphs = {
-        "Data": f"Test split of {manifest['data']}: {manifest['n_patients']} patients, {manifest['n_scans']} scans, "
-        f"{manifest['n_slices']} slices of {pack.size} x {pack.size} pixels; source "
-        f"{_listed(_sources(study))}; split by patient, hash {manifest['split_hash']}. No test patient was "
-        "seen in training, which is checked for every network. Lesion masks: "
-        f"{'known' if pack.mask is not None else 'not known of all scans'}.",
-        "Dose": f"{models}. Doses: {doses}. Noise seeds: {_listed(design.noise_seeds)}.",
-        "Images": f"Measured inside the {design.mask} against {truth}."
-        + (
-            f" Classical denoisers on {design.classical_patients} patients drawn by the seed."
-            if any(study.subset(one) is not None for one in study.networks.denoisers)
-            else ""
-        ),
-        "Stated beforehand": "Margins: "
-        + ", ".join(f"{NAMES[kind]} {margin:g}" for kind, margin in design.margins.items())
-        + f". Primary level: {PRIMARY_LEVEL}. Prevalence for predictive values: {design.prevalence:g}. "
-        f"Seed of the bootstrap: {design.seed}.",
-        "Statistics": STATISTICS.format(replicates=intervals.BOOTSTRAP_REPLICATES),
-        "Software": _listed(f"{name} {version}" for name, version in manifest["versions"].items()) + ".",
-        "Left out": _listed(manifest["left_out"]) + "." if manifest["left_out"] else "",
-    }
-    parts = [f"<p><b>{escape(name)}.</b> {escape(text)}</p>\n" for name, text in paragraphs.items() if text]
-    parts.append(f"<p><b>Command.</b> <code>{escape(manifest['command'])}</code></p>\n")
+    texts = methods.paragraphs(study, manifest).items()
+    parts = [f"<p><b>{escape(name)}.</b> {escape(text)}</p>\n" for name, text in texts if text]
+    hashes = (f"{name} {digest}" for name, digest in manifest["checkpoints"].items())
+    for name, text in (("Command", manifest["command"]), ("SHA-256 of the networks", ", ".join(hashes))):
+        parts.append(f"<p><b>{name}.</b> <code>{escape(text)}</code></p>\n" if text else "")
     arms = [
         {"arm": label, "pipeline": LEGEND[family.name], "task": family.task, "family": family}
         for family, label in study.labels.items()
@@ -922,7 +793,7 @@ def _methods(page: Page, study: Study, manifest: dict) -> tuple[str, str]:
         "task": lambda row: row["task"],
         "denoiser": lambda row: row["family"].denoiser or "none",
         "classifier": lambda row: row["family"].classifier,
-        "training seeds": lambda row: _listed(study.seeds(row["family"])),
+        "training seeds": lambda row: methods.listed(study.seeds(row["family"])),
     }
     parts.append(page.table("The arms.", columns, arms))
     columns = {
@@ -930,10 +801,9 @@ def _methods(page: Page, study: Study, manifest: dict) -> tuple[str, str]:
         "kind": lambda one: f"{one.facts['stage']}, {one.facts['model']['name']}",
         "parameters": lambda one: one.facts.get("parameters", "n/a"),
         "trained on": lambda one: f"{len(one.facts['trained_on'])} patients",
-        "at doses": lambda one: _listed(one.facts["doses"]) or "clean slices",
+        "at doses": lambda one: methods.listed(one.facts["doses"]) or "clean slices",
         "seed": lambda one: one.facts["seed"],
         "epoch chosen": lambda one: one.facts.get("validation", {}).get("epoch", "n/a"),
-        "SHA-256": lambda one: manifest["checkpoints"][one.path.name],
     }
     parts.append(
         page.table("The networks; all settings are in their model cards.", columns, study.networks.trained)
@@ -942,85 +812,16 @@ def _methods(page: Page, study: Study, manifest: dict) -> tuple[str, str]:
 
 
 def _checklist(page: Page, study: Study, manifest: dict, found: dict[str, list[dict]]) -> tuple[str, str]:
-    """What the guidelines ask in substance, in own words; what the study cannot know is left to its authors."""
-    phantom = "phantom" in _sources(study)
-    every, claim, stard, tripod = "all three", "CLAIM", "STARD-AI", "TRIPOD+AI"
-    ladders = ", ".join(study.design.ladders)
-    numbers = f"{manifest['n_patients']} patients, {manifest['n_scans']} scans"
-    trained = study.networks.trained
-    masked = study.pack.mask is not None
-    items = [
-        ("title names the study as one of AI and says what kind", every, ""),
-        ("structured abstract", every, ""),
-        ("clinical background and intended use", every, ""),
-        ("aims and hypotheses", every, "how far the dose can be cut; non-inferiority, margins under Methods"),
-        ("prospective or retrospective", every, "simulation" if phantom else ""),
-        ("where the data come from", every, f"{_listed(_sources(study))}, {manifest['data']}"),
-        ("dates and setting of collection", every, "drawn by computer" if phantom else ""),
-        ("who was eligible and how chosen", every, "drawn from a seed" if phantom else ""),
-        ("ethics approval and consent", every, "none needed: no people" if phantom else ""),
-        ("de-identification", claim, "pseudonyms; nothing else of a patient leaves the reader"),
-        (
-            "how images were prepared",
-            f"{claim}, {tripod}",
-            f"HU, {study.pack.size} x {study.pack.size} pixels",
-        ),
-        ("image acquisition", claim, f"low dose by {ladders}, see Methods"),
-        ("reference standard and why", every, "what the phantom drew" if phantom else ""),
-        ("who set the reference standard, and agreement", every, "no reader" if phantom else ""),
-        ("blinding of index test and reference to each other", stard, "networks see images only"),
-        ("missing data", every, "unknown labels count in no number"),
-        (
-            "splits and the level at which they are disjoint",
-            every,
-            f"by patient, hash {manifest['split_hash'][:12]}",
-        ),
-        ("sample size and its reason", every, f"{numbers}; power in the table of verdicts"),
-        (
-            "networks, inputs and outputs",
-            every,
-            "see Methods and model cards" if trained else "classical only",
-        ),
-        (
-            "training, initial weights, hyperparameters",
-            f"{claim}, {tripod}",
-            "model cards" if trained else "",
-        ),
-        (
-            "how the final network was chosen",
-            f"{claim}, {tripod}",
-            "best epoch on validation" if trained else "",
-        ),
-        ("software and versions", f"{claim}, {tripod}", "see Methods"),
-        ("measures of performance and cut-offs", every, "see Methods; cut-offs from validation"),
-        ("uncertainty", every, "95 % intervals over patients, SD over training seeds apart"),
-        ("robustness", claim, "stress test" if found.get("stress") else ""),
-        ("explainability", claim, "Grad-CAM of scans that flip" if found["flips"] else ""),
-        ("test on other data", every, "see Other test sets" if found.get("external") else "none"),
-        ("flow of participants", every, f"{numbers} read; exclusions before: {BLANK}"),
-        ("age, sex and other traits of patients", every, "none: no people" if phantom else ""),
-        ("spectrum of disease", stard, "subtypes and sizes under Every dose in numbers" if masked else ""),
-        ("performance with precision", every, "see the tables" if study.arms else "images only"),
-        ("calibration", tripod, "see Probabilities and decisions" if study.arms else ""),
-        ("subgroups and fairness", f"{stard}, {tripod}", "by lesion only; by group of people: " + BLANK),
-        ("analysis of failures", claim, "see Scans that flip" if study.arms else ""),
-        ("harms of the test", stard, ""),
-        ("limitations", every, "phantoms say nothing of patients" if phantom else ""),
-        ("meaning for practice", every, ""),
-        ("registration and protocol", every, ""),
-        ("funding and interests", every, ""),
-        ("code and data for others", every, f"command and hashes under Methods; where: {BLANK}"),
-        ("patients and public in the work", tripod, ""),
-    ]
     columns = {
         "what is asked": lambda item: item[0],
         "by": lambda item: item[1],
-        "this study": lambda item: item[2] or BLANK,
+        "this study": lambda item: item[2] or methods.BLANK,
     }
     caption = (
         "After CLAIM 2024, STARD-AI and TRIPOD+AI, in substance and in our words: a help in writing, not the "
         "guidelines themselves, which have more items and exact wording."
     )
+    items = methods.checklist(study, manifest, found)
     return _section("Checklist for a paper", page.table(caption, columns, items))
 
 
@@ -1030,7 +831,7 @@ def _checklist(page: Page, study: Study, manifest: dict, found: dict[str, list[d
 def write(out: Path, study: Study, manifest: dict, found: dict[str, list[dict]]) -> list[Path]:
     """Write <out>/report.html and <out>/figures/*.png and *.svg. Returns the page and the folder of figures.
 
-    manifest: of run_experiments.py. found: table -> rows, as tables.all_tables has them, with "external" where
+    manifest: of run_experiments.py. found: table -> rows, as tables.all_tables has them, and "external" where
     there are several sets. Figures of an earlier run that are not drawn any more are removed."""
     folder = Path(out) / "figures"
     page = Page(folder)
@@ -1059,13 +860,10 @@ def write(out: Path, study: Study, manifest: dict, found: dict[str, list[dict]])
         for name, (title, content) in zip(names, sections, strict=True)
     )
     title = "How far can the dose be cut?"
-    about = (
-        f"{manifest['n_patients']} test patients, {manifest['n_scans']} scans, {manifest['n_slices']} "
-        f"slices of {manifest['data']}; dose model {', '.join(study.design.ladders)}"
-    )
+    about = f"Test split of {manifest['data']}: {methods.counts(manifest)}"
     answers = "".join(map(_paragraph, answer(study, found)))
-    warnings = _paragraph(NOTICE, "note") + (
-        _paragraph(PHANTOM, "note") if "phantom" in _sources(study) else ""
+    warnings = _paragraph(methods.NOTICE, "note") + (
+        _paragraph(methods.PHANTOM, "note") if "phantom" in methods.sources(study) else ""
     )
     legend = "".join(
         _paragraph(f"Arm {label}: {LEGEND[family.name].replace('->', '→')}.", "note")

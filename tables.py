@@ -172,7 +172,8 @@ def _spectrum(content: dict[str, Any]) -> detectability.Spectrum:
 
 
 def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    return detectability.spectrum_distance(_spectrum(one), _spectrum(other))
+    with np.errstate(invalid="ignore"):  # without noise there is no texture: NaN
+        return detectability.spectrum_distance(_spectrum(one), _spectrum(other))
 
 
 def noise_spectra(study: Study) -> list[dict]:
@@ -211,8 +212,9 @@ def segmentation(study: Study) -> list[dict]:
             patients, reports = study.patients["scan"][series], _reports(study, one, condition)
             plain, gain = one._replace(denoiser=None), [math.nan] * len(GAIN)
             if one.denoiser is not None and plain in study.outlines:
-                before = [_reports(study, plain, condition)[number] for number in series]
-                gain = dice_gain(before, reports, patients, study.design.seed)
+                before = _reports(study, plain, condition)
+                own = [before[number] for number in series]
+                gain = dice_gain(own, reports, patients, study.design.seed)
             rows.append(
                 dose_facts(condition.dose_model, condition.dose)
                 | {"segmenter": one.segmenter.path.name}

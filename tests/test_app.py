@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import anatomy
 import app
 import app_cases
 import app_data
+import app_files
 import app_results
 import app_scan
 import app_viewer
@@ -195,8 +198,7 @@ def page_script(title: str, root: str, address: dict) -> None:
     root = Path(root)
     scans = root / "scans" if (root / "scans").exists() else None
     folders = app.Folders(root / "data", root / "models", root / "results", "cpu", scans)
-    page = app.PAGES[title][0]
-    app.show(page, folders, *(["the viewer"] if title == "Cases" else []))
+    app.show(app.page_of(title), folders, *(["the viewer"] if title == "Cases" else []))
 
 
 def open_page(title: str, root: Path, **address: str) -> AppTest:
@@ -385,10 +387,10 @@ def test_series_and_low_dose_are_bit_for_bit_those_of_the_study(full):
         assert np.array_equal(series.reference, pack.truth[rows])
         assert np.array_equal(series.lesions, pack.mask[rows])
         assert np.array_equal(
-            app_data.load_inside(app_data.stamp(folder / "metadata.json"), SIZE, "head"), heads[rows]
+            app_data.load_inside(app_files.stamp(folder / "metadata.json"), SIZE, "head"), heads[rows]
         )
         noise = app_data.Noise("calibrated", 5.0, 7)
-        source = app_data.Source(app_data.stamp(folder / "metadata.json"), SIZE)
+        source = app_data.Source(app_files.stamp(folder / "metadata.json"), SIZE)
         assert np.array_equal(app_data.low_dose(source, noise), noisy[rows])
 
 
@@ -401,11 +403,11 @@ def test_scores_of_every_arm_are_those_of_the_study(full):
     assert np.abs(denoised - noisy).max() > 1  # else the arms could not be told apart
     names = ("classifier", "classifier_d", "classifier_n")
     files = [full / f"models/{name}.pt" for name in names]
-    found = [app_data.Checkpoint(app_data.stamp(file), load_classifier(file)[1]) for file in files]
-    arms = app_data.arms_of(app_data.Checkpoint(app_data.stamp(full / "models/denoiser.pt"), facts), found)
+    found = [app_data.Checkpoint(app_files.stamp(file), load_classifier(file)[1]) for file in files]
+    arms = app_data.arms_of(app_data.Checkpoint(app_files.stamp(full / "models/denoiser.pt"), facts), found)
     assert [arm.name for arm in arms] == ["1", "1n", "2", "2d"]
     folder = dataset.series_folders(full / "data", "test")[1]
-    source = app_data.Source(app_data.stamp(folder / "metadata.json"), SIZE)
+    source = app_data.Source(app_files.stamp(folder / "metadata.json"), SIZE)
     noise = app_data.Noise("calibrated", 5.0, 7)
     for arm in arms:
         values, scan = app_data.reading(source, noise, arm.classifier.file, arm.denoiser, "cpu")
@@ -417,7 +419,7 @@ def test_scores_of_every_arm_are_those_of_the_study(full):
 
 def test_arms_without_a_denoiser_are_the_direct_ones():
     clean, denoised = (
-        app_data.Checkpoint(app_data.Stamp("c.pt", 0, 0), {"input": what}) for what in ("clean", "denoised")
+        app_data.Checkpoint(app_files.Stamp("c.pt", 0, 0), {"input": what}) for what in ("clean", "denoised")
     )
     assert [arm.name for arm in app_data.arms_of(None, [clean, denoised])] == ["1"]
 
@@ -457,10 +459,16 @@ def test_every_page_without_anything_names_the_command_that_brings_it(tmp_path, 
 
 
 def test_every_page_with_everything_shows_no_error(full):
-    for title in app.PAGES:
+    for title in app.ICONS:
         at = open_page(title, full)
         assert not at.exception and not at.error and not at.warning, title
-        assert not at.info, title
+        assert not at.info or title == "Overview", title  # which says what the study left out
+
+
+def test_first_page_without_results_needs_no_torch():
+    code = "import sys, app, app_results, app_words; print('torch' in sys.modules, app_words.NOTICE)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == f"False {display.NOTICE}", done.stderr
 
 
 def test_app_with_an_unknown_option_says_so_in_one_line_and_with_help_shows_it(monkeypatch, tmp_path):

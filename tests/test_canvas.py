@@ -41,14 +41,16 @@ def make_view(**more) -> canvas.View:
     return canvas.View(**{**given, "affine": np.eye(4), "spacing_mm": (5.0, 1.0, 2.0), **more})
 
 
-def orientations():
+def orientations() -> list:
     """Affines of slices in all eight ways that they can lie, some of them with a tilt."""
+    found = []
     for swapped, left, back in itertools.product((False, True), (1, -1), (1, -1)):
         affine = np.eye(4)
         columns, rows = np.array([2.0 * left, 0, 0]), np.array([0, 1.5 * back, 0])
         affine[:3, 0], affine[:3, 1] = (rows, columns) if swapped else (columns, rows)
         affine[:3, 2], affine[:3, 3] = (0.0, 0.8, 5.0), (-40.0, 30.0, 10.0)
-        yield pytest.param(affine, id=f"{'swapped ' if swapped else ''}{left:+d}{back:+d}")
+        found.append(pytest.param(affine, id=f"{'swapped ' if swapped else ''}{left:+d}{back:+d}"))
+    return found
 
 
 @pytest.mark.parametrize("affine", orientations())

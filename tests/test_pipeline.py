@@ -24,8 +24,10 @@ import train_denoiser
 from dataset import all_series, fit_to_square, load_pack, read_metadata, read_slices
 from inference import classify, denoise, load_classifier, load_denoiser
 from phantom import generate_phantom
+from tables import COLUMNS
 from tests.conftest import ROOT
 from tests.test_dicom_series import write_slice
+from tests.toy_study import no_report  # noqa: F401 a fixture
 
 DENOISER = ["--widths", 4, 8, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
 CLASSIFIER = ["--width", 4, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
@@ -53,6 +55,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_study_writes_every_arm_dose_and_level_twice_the_same(trained, tmp_path, capsys):
     data, models = trained
     arguments = ["--data", data, "--models", models, "--device", "cpu"]
@@ -63,7 +66,7 @@ def test_study_writes_every_arm_dose_and_level_twice_the_same(trained, tmp_path,
     csvs = [(tmp_path / name / "experiments.csv").read_bytes() for name in ("one", "two")]
     assert csvs[0] == csvs[1]
     rows = read_csv(tmp_path / "one" / "experiments.csv")
-    assert tuple(rows[0]) == run_experiments.COLUMNS
+    assert tuple(rows[0]) == COLUMNS
     assert len(rows) == 5 * 4 * 2
     assert {row["arm"] for row in rows} == {"1", "1n", "2", "2d"}
     for row in rows:
@@ -79,11 +82,15 @@ def test_study_writes_every_arm_dose_and_level_twice_the_same(trained, tmp_path,
         "classifier_noisy.pt",
         "classifier_denoised.pt",
     }
-    for name in ("classification.png", "image_quality.png"):
-        assert (tmp_path / "one" / name).read_bytes().startswith(b"\x89PNG")
+    pictures = list((tmp_path / "one" / "figures").glob("*.png"))
+    assert pictures
+    for path in pictures:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "<html" in (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
 
 
-def test_study_at_the_routine_dose_measures_the_noise_of_the_scan_itself(trained, tmp_path):
+def test_study_at_the_routine_dose_measures_the_noise_of_the_scan_itself(trained, tmp_path, no_report):  # noqa: F811
     data, models = trained
     call(run_experiments, "--data", data, "--models", models, "--out", tmp_path, "--doses", 5, 40)
     routine = next(row for row in read_csv(tmp_path / "experiments.csv") if row["dose"] == "40.0")
@@ -105,7 +112,13 @@ def test_study_at_the_routine_dose_measures_the_noise_of_the_scan_itself(trained
     ],
 )
 def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
-    trained, tmp_path, capsys, kept, arms, words
+    trained,
+    tmp_path,
+    capsys,
+    no_report,
+    kept,
+    arms,
+    words,  # noqa: F811
 ):
     data, models = trained
     some = tmp_path / "some"
@@ -118,7 +131,7 @@ def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
     assert f"Left out: {words}" in printed or f": {words}" in printed
 
 
-def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(trained, tmp_path):
+def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(trained, tmp_path, no_report):  # noqa: F811
     data, models = trained
     other = tmp_path / "models"
     other.mkdir()
@@ -154,7 +167,7 @@ def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(tr
     assert {row["task"] for row in rows} == {"type"}
 
 
-def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, capsys):
+def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, capsys, no_report):  # noqa: F811
     data, models = trained
     other = shutil.copytree(models, tmp_path / "models")
     call(train_denoiser, "--data", data, "--out", other, *DENOISER, "--seed", 5, "--overwrite")
@@ -169,7 +182,7 @@ def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, ca
         )
 
 
-def test_study_tells_classifiers_of_one_pipeline_apart(trained, tmp_path, capsys):
+def test_study_tells_classifiers_of_one_pipeline_apart(trained, tmp_path, capsys, no_report):  # noqa: F811
     data, models = trained
     both = tmp_path / "both"
     both.mkdir()
@@ -390,11 +403,11 @@ def test_wrong_checkpoint_is_refused_by_name(trained, tmp_path):
     data, models = trained
     arguments = ["--data", data, "--models", models, "--out", tmp_path / "results"]
     with pytest.raises(stage.InputError, match=r"classifier\.pt: is a classifier; a denoiser is needed"):
-        call(run_experiments, *arguments, "--denoiser", models / "classifier.pt")
+        call(run_experiments, *arguments, "--denoisers", models / "classifier.pt")
     with pytest.raises(stage.InputError, match=r"nothing\.pt: no such checkpoint"):
-        call(run_experiments, *arguments, "--denoiser", models / "nothing.pt")
+        call(run_experiments, *arguments, "--denoisers", models / "nothing.pt")
     with pytest.raises(stage.InputError, match="unfinished training"):
-        call(run_experiments, *arguments, "--denoiser", models / "denoiser.last.pt")
+        call(run_experiments, *arguments, "--denoisers", models / "denoiser.last.pt")
     assert not (tmp_path / "results").exists()
 
 

@@ -29,9 +29,9 @@ ORDER = (  # each imports only from its left
     *("display", "explain", "sheets", "runs", "training", "inference", "lesion_reading"),
     *("reading_inputs", "answers", "two_stage", "denoised"),
     *("scoring", "explained", "classified", "segmented"),
-    *("arms", "cells", "study", "tables", "report"),
+    *("arms", "cells", "study", "tables", "figures", "gallery", "methods", "report"),
     # the app: its arithmetic, then what needs Streamlit
-    *("own_scan", "app_words", "canvas", "app_data", "app_results", "app_viewer", "app_cases"),
+    *("own_scan", "app_words", "app_files", "canvas", "app_data", "app_results", "app_viewer", "app_cases"),
     *("app_runs", "app_scan"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}

@@ -17,6 +17,7 @@ from dataset import task_targets
 from study import Shown
 from tests.toy_study import CUT, ToyPack, classifier, denoiser, toy_design, toy_study
 
+ONE = [classifier()]
 SPREAD = math.sqrt(0.6**2 + 0.15**2)  # of simulated scores of a class: patient, reading
 SHIFT = 1.05  # of positives, AUC 0.885
 AUC = norm.cdf(SHIFT / (math.sqrt(2) * SPREAD))
@@ -64,7 +65,7 @@ def scans_only(monkeypatch):
 
 # ---------------------------------------------------------------- planted effects are found, and no others
 
-STUDIES = 120
+STUDIES = 300
 
 
 def allowed(share):
@@ -129,7 +130,7 @@ def test_planted_drop_is_found_in_slices_by_the_bootstrap(monkeypatch):
         lower = shift_for(0.08) if cell.condition.dose == 0.1 else 0
         return expit(shared - lower * sick + rng.normal(0, 0.1, len(shared)))
 
-    study = toy_study(pack, tell)
+    study = toy_study(pack, tell, ONE)
     rows = [row for row in tables.against_reference(study) if row["kind"] == "auc"]
     slices = {row["dose"]: row for row in rows if row["level"] == "slice"}
     assert slices[0.1]["method"] == "patient bootstrap"
@@ -151,7 +152,7 @@ def quiet(cell):
 @pytest.fixture
 def no_files(monkeypatch):
     """Networks are told apart by their names, as they have no files."""
-    monkeypatch.setattr(cells, "_file_hash", str)
+    monkeypatch.setattr(cells.checkpoints, "file_sha256", str)
 
 
 def kinds(cells):
@@ -187,11 +188,11 @@ def test_one_more_arm_costs_its_own_cells_alone(no_files):
 
 def test_stress_asks_classifiers_at_the_highest_dose_and_not_behind_classical_denoisers():
     study = toy_study(
-        *(ToyPack([0, 1] * 5), quiet, (), [denoiser(), denoiser("tv")]),
+        *(ToyPack([0, 1] * 5), quiet, ONE, [denoiser(), denoiser("tv")]),
         noise_seeds=[1, 2],
         stress={"rings": [0.5, 1.0]},
     )
-    plain = toy_study(ToyPack([0, 1] * 5), quiet, (), study.networks.denoisers, noise_seeds=[1, 2])
+    plain = toy_study(ToyPack([0, 1] * 5), quiet, ONE, study.networks.denoisers, noise_seeds=[1, 2])
     more = [cell for cell in study.grid() if cell.condition.artifact]
     assert len(study.grid()) - len(plain.grid()) == len(more) == 2 * 2 * 2
     assert {(cell.kind, cell.condition.dose) for cell in more} == {("classifier", 1.0)}
@@ -287,7 +288,7 @@ def test_subset_is_compared_on_its_own_patients_with_the_same_of_the_low_dose():
         asked.append(cell)
         return np.linspace(0, 1, 40)
 
-    study = toy_study(pack, tell, (), [denoiser("bm3d")], classical_patients=6)
+    study = toy_study(pack, tell, ONE, [denoiser("bm3d")], classical_patients=6)
     low, classical = study.families
     assert (low.denoiser, classical.denoiser) == (None, "bm3d")
     assert study.reference("hemorrhage", "projection").family == low
@@ -299,18 +300,18 @@ def test_subset_is_compared_on_its_own_patients_with_the_same_of_the_low_dose():
         assert len(study.family_reading(low, shown.conditions, level).known[0]) == 20 * slices
         np.testing.assert_array_equal(a.known[1], b.known[1])  # the same scores of the same rows
     assert {cell.patients for cell in asked if cell.denoiser} == {6}
-    again = toy_study(pack, tell, (), [denoiser("bm3d")], classical_patients=6, seed=2)
+    again = toy_study(pack, tell, ONE, [denoiser("bm3d")], classical_patients=6, seed=2)
     assert not np.array_equal(study.cells.rows(6), again.cells.rows(6))
 
 
 def test_reference_is_an_arm_on_all_patients_even_behind_denoisers_only():
-    study = toy_study(ToyPack([0, 1] * 10), quiet, (), [denoiser("bm3d"), denoiser("denoiser.own")])
+    study = toy_study(ToyPack([0, 1] * 10), quiet, ONE, [denoiser("bm3d"), denoiser("denoiser.own")])
     direct = [arm for arm in study.arms if arm.denoiser]
     assert direct[0].denoiser.path.stem == "denoiser.own"
 
 
 def test_scan_null_and_targets_are_those_of_the_patients_asked():
-    study = toy_study(ToyPack([0, 1] * 10), quiet, (), [denoiser("tv")])
+    study = toy_study(ToyPack([0, 1] * 10), quiet, ONE, [denoiser("tv")])
     low, classical = study.families
     assert study.null_auc(low, "slice") == pytest.approx(0.55)  # of 100 pairs 55 have the sick scan higher
     rows = study.cells.rows(6)
@@ -336,7 +337,7 @@ def test_lesions_of_a_size_are_those_whose_mask_has_it():
     mask = np.zeros((6, 30, 30), np.uint8)
     mask[0, :10, :10] = 5  # 100 pixels of 1 mm x 1 mm x 5 mm: half a millilitre
     mask[3, :, :] = 5  # 4.5 ml
-    study = toy_study(ToyPack([1, 0, 1], slices=2, kinds=("subdural", "epidural"), mask=None), quiet)
+    study = toy_study(ToyPack([1, 0, 1], slices=2, kinds=("subdural", "epidural")), quiet, ONE)
     study.pack.mask = mask
     found = study.strata
     assert {name: np.flatnonzero(own).tolist() for name, own in found.items()} == {
@@ -345,7 +346,7 @@ def test_lesions_of_a_size_are_those_whose_mask_has_it():
 
 
 def test_subject_says_what_a_row_is_about():
-    study = toy_study(ToyPack([0, 1]), quiet)
+    study = toy_study(ToyPack([0, 1]), quiet, ONE)
     (family,) = study.families
     assert family == Family("hemorrhage", "1", None, "classifier")
     about = study.subject(family, "scan", "calibrated", 10.0)

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from arms import Networks, plan_arms
+import checkpoints
+import intervals
+import prepare_dataset
+import report
+import split_dataset
+from arms import Networks, plan_arms, plan_outlines
 from cells import Cell, Cells
 from denoised import load
 from inference import Network
 from study import Design, Study
+from tests.toy_models import SIZE, write_models
 
 SPLIT = "a split"
 CUT = 0.5
@@ -56,18 +63,21 @@ class ToyPack:
 
 
 Tell = Callable[[Cell], np.ndarray]  # a probability for each slice of the pack
+MEANS = dict.fromkeys(("mse", "psnr", "ssim", "rmse_hu"), 1.0)
 
 
 class ToldCells(Cells):
-    """Cells of classifiers that say what tell says, of a scan what they say of its worst slice."""
+    """Cells of classifiers that say what tell says, of a scan what they say of its worst slice.
 
-    def __init__(self, pack: ToyPack, tell: Tell, seed: int = 1):
+    others: what cells of other kinds hold."""
+
+    def __init__(self, pack: ToyPack, tell: Tell, seed: int, others: Callable[[Cell], dict]):
         super().__init__(Path("nowhere"), pack, "brain", seed)
-        self.tell = tell
+        self.tell, self.others = tell, others
 
     def load(self, cell: Cell) -> dict[str, Any]:
-        if cell.kind == "quality":
-            return {"means": dict.fromkeys(("mse", "psnr", "ssim", "rmse_hu"), 1.0)}
+        if cell.kind != "classifier":
+            return self.others(cell)
         rows = self.rows(cell.patients)
         said, series_of = self.tell(cell)[rows], self.pack.series_of[rows]
         scans = [[said[series_of == number].max()] for number in np.unique(series_of)]
@@ -101,14 +111,58 @@ def toy_design(**options: Any) -> Design:
 def toy_study(
     pack: ToyPack,
     tell: Tell,
-    classifiers: Sequence[Network] = (),
+    classifiers: Sequence[Network],
     denoisers: Sequence[Network] = (),
+    segmenters: Sequence[Network] = (),
+    others: Callable[[Cell], dict] = lambda _: {"means": MEANS},
     **options: Any,
 ) -> Study:
-    """A study of classifiers (default: one) on the low dose and behind denoisers. options: of the design."""
-    networks = Networks(True, list(denoisers), list(classifiers) or [classifier()], [])
+    """A study of classifiers on the low dose and behind denoisers. options: of the design."""
+    networks = Networks(True, list(denoisers), list(classifiers), list(segmenters))
     design = toy_design(**options)
     arms, _ = plan_arms(networks)
-    study = Study(Path("nowhere"), ToldCells(pack, tell, design.seed), design, networks, arms, [])
+    cells = ToldCells(pack, tell, design.seed, others)
+    study = Study(Path("nowhere"), cells, design, networks, arms, plan_outlines(networks))
     study.null = lambda *_: np.linspace(0, 1, len(pack))
     return study
+
+
+def prepare_toy(folder: Path) -> Path:
+    """12 phantom patients of 4 slices of 48 x 48, prepared and split: 7 are test patients."""
+    size = ["--size", SIZE, "--slices", 4, "--patients", 12, "--out", folder, "--workers", 1]
+    prepare_dataset.main(["--source", "phantom", *size])
+    split_dataset.main(["--data", folder, "--fractions", 0.2, 0.2, 0.6])
+    return folder
+
+
+def train_toys(folder: Path) -> Path:
+    """write_models, of classifiers two seeds and one of noisy slices; none is trained and none the same.
+
+    Needs the fixture bright; networks that change images and say something of their own."""
+    write_models(folder)
+    change(folder / "denoiser.pt", folder / "denoiser.pt", "head.bias", 0.1)
+    for name, facts in (
+        *(("classifier.seed1", {"seed": 1}), ("classifier.seed2", {"seed": 2})),
+        ("classifier_noisy", {"seed": 1, "input": "noisy", "dose_model": "calibrated"}),
+    ):
+        usual = {"assume_absent": [], "thresholds": dict.fromkeys(("slice", "scan"), {"value": CUT})}
+        place = folder / f"{name}.pt"
+        change(folder / "classifier.pt", place, "fc.bias", 0.1 * len(name), **usual | facts)
+    (folder / "classifier.pt").unlink()
+    return folder
+
+
+def change(source: Path, target: Path, key: str, amount: float, **facts: Any) -> None:
+    """Write a checkpoint again, with amount added to a parameter and with other facts."""
+    content = checkpoints.load(source, source.name.split(".")[0].split("_")[0])
+    content["state"][key] = content["state"][key] + amount
+    checkpoints.save(target, content | facts)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Tables without the report about them, from 50 draws of every bootstrap."""
+    whole = intervals.patient_draws
+    monkeypatch.setattr(intervals, "patient_draws", lambda count, seed, _: whole(count, seed, 50))
+    monkeypatch.setattr(report, "write", lambda *_: [])
+    monkeypatch.setattr(report, "answer", lambda *_: ["the answer"])
