@@ -249,14 +249,14 @@ def simulate(series: Series, noise: Noise) -> np.ndarray:
     return np.concatenate(parts)
 
 
-# Of cache_resource, so that sessions share one copy; nobody may write into it
-@st.cache_resource(show_spinner="Simulating the dose ...", max_entries=8)
+# Of cache_resource, so that sessions share one copy; nobody may write into it. 40 x 512 x 512: 42 MB each
+@st.cache_resource(show_spinner="Simulating the dose ...", max_entries=4)
 def low_dose(source: Source, noise: Noise) -> np.ndarray:
     """(S, n, n) float32 HU."""
     return simulate(source.series, noise)
 
 
-@st.cache_resource(show_spinner="Denoising ...", max_entries=8)
+@st.cache_resource(show_spinner="Denoising ...", max_entries=4)
 def denoised(source: Source, noise: Noise, denoiser: Stamp, device: str) -> np.ndarray:
     """(S, n, n) float32 HU."""
     level = noise_level(noise.dose_model, noise.dose, source.series.noise_hu)
@@ -277,7 +277,7 @@ def reading(
     return tuple(read(network, seen(source, noise, denoiser, device)))
 
 
-@st.cache_resource(show_spinner="Explaining ...", max_entries=8)
+@st.cache_resource(show_spinner="Explaining ...", max_entries=4)
 def heat(
     source: Source, noise: Noise, classifier: Stamp, denoiser: Stamp | None, of_class: str, device: str
 ) -> np.ndarray:
@@ -287,7 +287,7 @@ def heat(
     return generate_gradcam(model, seen(source, noise, denoiser, device), of_class)
 
 
-@st.cache_resource(show_spinner="Outlining lesions ...", max_entries=8)
+@st.cache_resource(show_spinner="Outlining lesions ...", max_entries=4)
 def outlined(
     source: Source, noise: Noise, segmenter: Stamp, denoiser: Stamp | None, device: str
 ) -> np.ndarray:

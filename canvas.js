@@ -155,6 +155,7 @@ class Viewer {
   stop() {
     clearInterval(this.cine);
     this.watch.disconnect();
+    this.life.abort();
   }
 
   // ---------------------------------------------------------------- the page's elements
@@ -285,7 +286,8 @@ class Viewer {
     const { root } = this;
     this.watch = new ResizeObserver(() => this.scan && (this.arrange(), this.draw()));
     this.watch.observe(this.grid);
-    document.addEventListener("fullscreenchange", () => this.scan && (this.arrange(), this.draw()));
+    const { signal } = (this.life = new AbortController());
+    document.addEventListener("fullscreenchange", () => this.scan && (this.arrange(), this.draw()), { signal });
     // Streamlit itself listens for r and c: keys that the viewer has the focus for go no further
     root.addEventListener("keydown", (event) => this.key(event));
     root.addEventListener("keyup", (event) => event.stopPropagation());
@@ -751,7 +753,7 @@ class Viewer {
     const bold = { size: 15, weight: 600, colour: "#ffd479" };
     this.text(ctx, letters.left, edge, height / 2, scale, bold);
     this.text(ctx, letters.right, width - edge, height / 2, scale, { ...bold, align: "right" });
-    this.text(ctx, letters.top, width / 2, edge + 4 * scale, scale, { ...bold, align: "center" });
+    this.text(ctx, letters.top, width / 2, edge + (small ? 30 : 4) * scale, scale, { ...bold, align: "center" }); // beside the names
     this.text(ctx, letters.bottom, width / 2, height - edge - 4 * scale, scale, { ...bold, align: "center" });
     const grey = { colour: "#b9b9c0", size: small ? 10.5 : 12 };
     const count = this.counts[state.axis], ends = { ...grey, align: "right" };
@@ -875,7 +877,7 @@ class Viewer {
       const [x, y] = cursor.at.map(Math.floor), corner = this.corner(x, y);
       const [right, back, up] = this.millimetres(corner);
       const at = [["R", "L", right], ["A", "P", back], ["I", "S", up]].map(([low, high, v]) => `${v < 0 ? low : high} ${Math.abs(v).toFixed(1)}`);
-      const values = scan.layers.map((layer, i) => `${layer.label} ${this.value(this.plane(i), x, y)}`);
+      const values = scan.layers.map((layer, i) => layer.minus === undefined && `${layer.label} ${this.value(this.plane(i), x, y)}`).filter(Boolean);
       reading = `${values.join("  ·  ")} HU  |  ${at.join("  ")} mm  |  column ${corner[0] + 1}, row ${corner[1] + 1}`;
     }
     this.reading.textContent = reading;

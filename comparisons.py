@@ -291,7 +291,7 @@ def _difference(a: Reading, b: Reading, place: int) -> Difference:
     kind = KINDS[place]
     mean_a, mean_b = float(a.values[place].mean()), float(b.values[place].mean())
     _, seed_sd, _ = seed_summary(a.values[place] - b.values[place])
-    same = np.array_equal(a.scores, b.scores) and (
+    same = np.array_equal(a.known[1], b.known[1]) and (
         kind == "auc" or np.array_equal(a.thresholds, b.thresholds)
     )
     if math.isnan(mean_a - mean_b):

@@ -52,3 +52,15 @@ def script():
         return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """A study writes its tables without the report about them, from 50 draws of every bootstrap."""
+    import intervals
+    import report  # with figures and torch it takes seconds
+
+    whole = intervals.patient_draws
+    monkeypatch.setattr(intervals, "patient_draws", lambda count, seed, _: whole(count, seed, 50))
+    monkeypatch.setattr(report, "write", lambda *_: [])
+    monkeypatch.setattr(report, "answer", lambda *_: ["the answer"])

@@ -470,3 +470,12 @@ def test_reading_without_known_rows_is_nan():
     assert all(math.isnan(own.value) for own in comparisons.predictive_values(reading, 0.1).values())
     assert math.isnan(compare(reading, read(reading.targets, np.ones(4), np.arange(4), 0.5, 0, 20)).auc.p)
     assert all(math.isnan(own.mean) for own in comparisons.threshold_drift(reading)[1:])
+
+
+def test_compare_of_known_rows_that_agree_is_no_difference_whatever_the_unknown_ones_say():
+    targets = np.array([1, 1, 0, 0, np.nan])
+    one = read(targets, [0.9, 0.4, 0.3, 0.6, 0.1], np.arange(5), 0.5, seed=0)
+    other = read(targets, [0.9, 0.4, 0.3, 0.6, 0.8], np.arange(5), 0.5, seed=0)
+    found = compare(one, other)
+    for difference in (found.auc, found.sens, found.spec):
+        assert (difference.low, difference.high, difference.p) == (0, 0, 1)

@@ -27,7 +27,6 @@ from phantom import generate_phantom
 from tables import COLUMNS
 from tests.conftest import ROOT
 from tests.test_dicom_series import write_slice
-from tests.toy_study import no_report  # noqa: F401 a fixture
 
 DENOISER = ["--widths", 4, 8, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
 CLASSIFIER = ["--width", 4, "--epochs", 2, "--batch-size", 8, "--device", "cpu"]
@@ -90,7 +89,7 @@ def test_study_writes_every_arm_dose_and_level_twice_the_same(trained, tmp_path,
     assert "<html" in (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
 
 
-def test_study_at_the_routine_dose_measures_the_noise_of_the_scan_itself(trained, tmp_path, no_report):  # noqa: F811
+def test_study_at_the_routine_dose_measures_the_noise_of_the_scan_itself(trained, tmp_path, no_report):
     data, models = trained
     call(run_experiments, "--data", data, "--models", models, "--out", tmp_path, "--doses", 5, 40)
     routine = next(row for row in read_csv(tmp_path / "experiments.csv") if row["dose"] == "40.0")
@@ -118,7 +117,7 @@ def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
     no_report,
     kept,
     arms,
-    words,  # noqa: F811
+    words,
 ):
     data, models = trained
     some = tmp_path / "some"
@@ -131,7 +130,7 @@ def test_study_with_a_checkpoint_missing_runs_the_rest_and_says_so(
     assert f"Left out: {words}" in printed or f": {words}" in printed
 
 
-def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(trained, tmp_path, no_report):  # noqa: F811
+def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(trained, tmp_path, no_report):
     data, models = trained
     other = tmp_path / "models"
     other.mkdir()
@@ -167,7 +166,7 @@ def test_study_takes_networks_of_scans_and_joint_ones_and_none_of_their_parts(tr
     assert {row["task"] for row in rows} == {"type"}
 
 
-def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, capsys, no_report):  # noqa: F811
+def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, capsys, no_report):
     data, models = trained
     other = shutil.copytree(models, tmp_path / "models")
     call(train_denoiser, "--data", data, "--out", other, *DENOISER, "--seed", 5, "--overwrite")
@@ -182,7 +181,7 @@ def test_study_leaves_out_a_classifier_of_another_denoiser(trained, tmp_path, ca
         )
 
 
-def test_study_tells_classifiers_of_one_pipeline_apart(trained, tmp_path, capsys, no_report):  # noqa: F811
+def test_study_tells_classifiers_of_one_pipeline_apart(trained, tmp_path, capsys, no_report):
     data, models = trained
     both = tmp_path / "both"
     both.mkdir()

@@ -374,3 +374,17 @@ def test_head_in_the_gallery_is_turned_nose_up(small_study, monkeypatch):
     monkeypatch.setitem(study.pack.series[0], "affine", affine.tolist())
     turned = gallery.failure_tiles(study, lost(study)[0])[0].picture
     np.testing.assert_array_equal(turned, upright[::-1])
+
+
+def test_study_of_a_denoiser_alone_has_a_report_about_images(split_data_once, tmp_path, monkeypatch):
+    models = write_models(tmp_path / "models")
+    for name in ("classifier.pt", "segmenter.pt"):
+        (models / name).unlink()
+    given = studied(monkeypatch, tmp_path, split_data_once, models, "--doses", 5)
+    monkeypatch.setattr(figures, "DPI", 30)
+    path, _ = report.write(tmp_path, *given)
+    assert not parsed(path).fetched[0].startswith("http")
+    text = path.read_text(encoding="utf-8")
+    assert "No classifier was tried" in text and "for noisy input" in text
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"image_quality", "image_tissues", "noise_spectra"}

@@ -21,7 +21,7 @@ from segmenters import SEGMENTERS
 from tables import COLUMNS, NAMES
 from tests.conftest import ROOT
 from tests.toy_models import BrightSegmenter, bright  # noqa: F401 a fixture
-from tests.toy_study import change, no_report, prepare_toy, train_toys  # noqa: F401 a fixture
+from tests.toy_study import change, prepare_toy, train_toys
 
 FAST = ("--dose-model", "calibrated", "--doses", 40, 10, "--device", "cpu")
 
@@ -81,7 +81,7 @@ def written(out):
 
 def test_study_writes_its_tables_and_a_second_run_works_nothing_out(
     data, models, tmp_path, capsys, no_report, worked_out
-):  # noqa: F811
+):
     words = (*usual(data, models, tmp_path), "--stress", "rings", "--severities", 0.5, 1)
     run(*words)
     said, before = capsys.readouterr().out, written(tmp_path / "out")
@@ -117,7 +117,7 @@ def test_study_writes_its_tables_and_a_second_run_works_nothing_out(
 
 def test_plan_says_what_is_done_and_left_and_works_nothing_out(
     data, models, tmp_path, capsys, no_report, worked_out
-):  # noqa: F811
+):
     words = usual(data, models, tmp_path)
     run(*words, "--plan")
     assert f"{data}: 0 of 22 cells done, 22 left" in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_plan_says_what_is_done_and_left_and_works_nothing_out(
     assert len(worked_out) == 22
 
 
-def test_changes_make_new_cells_of_their_own_alone(data, models, tmp_path, no_report, worked_out):  # noqa: F811
+def test_changes_make_new_cells_of_their_own_alone(data, models, tmp_path, no_report, worked_out):
     words = usual(data, models, tmp_path)
 
     def new(*more):
@@ -159,7 +159,7 @@ def test_changes_make_new_cells_of_their_own_alone(data, models, tmp_path, no_re
     ]
 
 
-def test_damaged_cell_is_one_line_with_the_remedy(data, models, tmp_path, no_report):  # noqa: F811
+def test_damaged_cell_is_one_line_with_the_remedy(data, models, tmp_path, no_report):
     words = usual(data, models, tmp_path)
     run(*words)
     cell = next((tmp_path / "out" / "cells" / "classifier").iterdir())
@@ -172,7 +172,7 @@ def test_damaged_cell_is_one_line_with_the_remedy(data, models, tmp_path, no_rep
     assert cell.read_bytes() == whole
 
 
-def test_table_of_an_earlier_run_does_not_pass_for_this_one_s(data, models, tmp_path, no_report):  # noqa: F811
+def test_table_of_an_earlier_run_does_not_pass_for_this_one_s(data, models, tmp_path, no_report):
     words = usual(data, models, tmp_path)
     run(*words, "--stress", "rings", "--severities", 1)
     tables = tmp_path / "out" / "tables"
@@ -244,7 +244,7 @@ def test_study_whose_results_are_in_use_is_refused_with_exit_4(data, models, tmp
 # ---------------------------------------------------------------- what may be missing
 
 
-def test_classical_denoisers_alone_need_no_checkpoint(data, tmp_path, no_report, capsys):  # noqa: F811
+def test_classical_denoisers_alone_need_no_checkpoint(data, tmp_path, no_report, capsys):
     run(
         "--data",
         data,
@@ -274,7 +274,7 @@ def test_classical_denoisers_alone_need_no_checkpoint(data, tmp_path, no_report,
     assert "Denoising by tv" in capsys.readouterr().out
 
 
-def test_segmenters_alone_are_a_study(data, models, tmp_path, no_report):  # noqa: F811
+def test_segmenters_alone_are_a_study(data, models, tmp_path, no_report):
     for path in models.glob("[!s]*.pt"):
         path.unlink()
     run("--data", data, "--models", models, "--out", tmp_path / "out", *FAST)
@@ -291,7 +291,7 @@ def without(data, *flags):
 
 def test_segmenters_without_masks_are_left_out_or_nothing_to_run(
     own_data, models, tmp_path, no_report, capsys
-):  # noqa: F811
+):
     without(own_data, "has_mask")
     words = ("--data", own_data, "--models", models, "--out", tmp_path / "out", *FAST)
     run(*words)
@@ -304,7 +304,7 @@ def test_segmenters_without_masks_are_left_out_or_nothing_to_run(
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_study_of_real_data_is_held_against_the_scan_itself(own_data, models, tmp_path, no_report, capsys):  # noqa: F811
+def test_study_of_real_data_is_held_against_the_scan_itself(own_data, models, tmp_path, no_report, capsys):
     without(own_data, "has_truth")
     run("--data", own_data, "--models", models, "--out", tmp_path / "out", *FAST)
     assert "Image quality inside the brain against the image" in capsys.readouterr().out
@@ -313,7 +313,7 @@ def test_study_of_real_data_is_held_against_the_scan_itself(own_data, models, tm
     assert (float(highest["rmse_hu"]), highest["noise_sd_ratio"]) == (0, "")
 
 
-def test_several_dose_models_are_several_ladders(data, models, tmp_path, no_report):  # noqa: F811
+def test_several_dose_models_are_several_ladders(data, models, tmp_path, no_report):
     words = ("--data", data, "--models", models, "--out", tmp_path / "out", "--device", "cpu")
     run(
         *words,
@@ -352,7 +352,7 @@ def elsewhere(tmp_path):
 
 def test_other_sets_are_read_at_the_highest_dose_and_make_a_matrix(
     data, elsewhere, models, tmp_path, no_report, worked_out, capsys
-):  # noqa: F811
+):
     home = stage.read_json(data / "splits.json", "")["hash"]
     for path in models.glob("classifier*.pt"):
         change(path, path, "fc.bias", 0, split_hash=home)

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 import checkpoints
-import intervals
 import prepare_dataset
-import report
 import split_dataset
 from arms import Networks, plan_arms, plan_outlines
 from cells import Cell, Cells
@@ -157,12 +154,3 @@ def change(source: Path, target: Path, key: str, amount: float, **facts: Any) ->
     content = checkpoints.load(source, source.name.split(".")[0].split("_")[0])
     content["state"][key] = content["state"][key] + amount
     checkpoints.save(target, content | facts)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Tables without the report about them, from 50 draws of every bootstrap."""
-    whole = intervals.patient_draws
-    monkeypatch.setattr(intervals, "patient_draws", lambda count, seed, _: whole(count, seed, 50))
-    monkeypatch.setattr(report, "write", lambda *_: [])
-    monkeypatch.setattr(report, "answer", lambda *_: ["the answer"])
