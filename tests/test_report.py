@@ -377,6 +377,7 @@ def test_head_in_the_gallery_is_turned_nose_up(small_study, monkeypatch):
 
 
 def test_study_of_a_denoiser_alone_has_a_report_about_images(split_data_once, tmp_path, monkeypatch):
+    monkeypatch.setitem(SEGMENTERS, "bright", BrightSegmenter)
     models = write_models(tmp_path / "models")
     for name in ("classifier.pt", "segmenter.pt"):
         (models / name).unlink()
