@@ -13,12 +13,12 @@ Example: python predict.py --input /data/one_patient --out predictions
          python predict.py --input /data/a /data/b.zip /data/c.nii.gz --out predictions
          python predict.py --input /data/one_patient --out predictions --dose 5
          python predict.py --input /data/one_patient --out predictions --gradcam --segment --dicom
+         torchrun --nproc_per_node=4 predict.py --input /data/studies --out predictions
 
 Each network sees a scan as it learned to: at its own matrix, and denoised first if it was trained on denoised
 slices. The segmenter is asked about scans that the classifier does not call normal. A scan that an earlier
 run with the same networks and options has finished is left alone, so a run that was stopped goes on when it
-is started again. Several GPUs share the scans (torchrun --nproc_per_node=4 predict.py ...). Research use
-only."""
+is started again. Research use only."""
 
 from __future__ import annotations
 

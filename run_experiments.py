@@ -245,8 +245,8 @@ def print_table(rows: list[dict]) -> None:
             stage.say(f"  {'Denoising by ' + row['denoiser'] if row['denoiser'] else 'Low dose'} -> {told}")
 
 
-def say_results(study: Study, rows: list[dict], found: dict[str, list[dict]], left_out: list[str]) -> None:
-    """What a reader wants first: the table, the verdicts, the answer."""
+def say_results(study: Study, rows: list[dict], left_out: list[str]) -> None:
+    """The table, and what it is of."""
     kind = "the image" if study.pack.truth is None else "the noise-free truth"
     patients, names = len(set(study.patients["slice"].tolist())), ", ".join(study.design.ladders)
     low, high = metrics.RANGE_HU
@@ -261,8 +261,6 @@ def say_results(study: Study, rows: list[dict], found: dict[str, list[dict]], le
             stage.say(f"Pipeline {name:<2} = {LEGEND[name]}")
     for reason in left_out:
         stage.say(f"Left out: {reason}")
-    for line in report.answer(study, found):
-        stage.say(line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,20 +298,23 @@ def main(argv: list[str] | None = None) -> None:
             "versions": checkpoints.versions(),
             "command": " ".join(["run_experiments.py", *(sys.argv[1:] if argv is None else map(str, argv))]),
             "left_out": left_out,
+            "answer": report.answer(study, found),
         }
+        files = report.write(args.out, study, manifest, found)
         rows = found.pop("experiments")
         write_table(args.out / "experiments.csv", tables.COLUMNS, rows)
         stage.write_json(args.out / "experiments.json", {"manifest": manifest, "rows": rows})
         for name, own in found.items():
-            files = [args.out / "tables" / f"{name}.{kind}" for kind in ("csv", "json")]
+            table = args.out / "tables" / f"{name}.csv"
             if own:
-                write_table(files[0], list(own[0]), own)
-                stage.write_json(files[1], own)
+                write_table(table, list(own[0]), own)
+                stage.write_json(table.with_suffix(".json"), own)
             else:  # one of an earlier run would pass for this one's
-                for file in files:
+                for file in (table, table.with_suffix(".json")):
                     file.unlink(missing_ok=True)
-        files = report.write(args.out, study, manifest, {"experiments": rows, **found})
-    say_results(study, rows, found, left_out)
+    say_results(study, rows, left_out)
+    for line in manifest["answer"]:
+        stage.say(line)
     for path in [args.out / "experiments.csv", args.out / "experiments.json", args.out / "tables", *files]:
         stage.say(f"Wrote {path}")
 
