@@ -164,6 +164,7 @@ def test_every_classifier_comes_back_from_a_checkpoint(form, tmp_path):
     content = {"format": checkpoints.FORMAT, "stage": "classifier", "model": facts}
     checkpoints.save(tmp_path / "c.pt", content | {"state": model.state_dict()})
     loaded, _ = checkpoints.load_network(tmp_path / "c.pt", "classifier")
+    model.to(memory_format=torch.channels_last)  # as load_network leaves it
     hu = batch(model, 40, 40)
     with torch.inference_mode():
         assert torch.equal(loaded(hu), model(hu))

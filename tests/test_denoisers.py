@@ -119,6 +119,7 @@ def test_every_denoiser_comes_back_from_a_checkpoint(form, tmp_path):
     content = {"format": checkpoints.FORMAT, "stage": "denoiser", "model": model_facts}
     checkpoints.save(tmp_path / "d.pt", content | {"state": model.state_dict()})
     loaded, _ = checkpoints.load_network(tmp_path / "d.pt", "denoiser")
+    model.to(memory_format=torch.channels_last)  # as load_network leaves it
     hu, sigma = scan(model, 24, 24), sigmas(5, 20)
     assert torch.equal(loaded(hu, sigma), model(hu, sigma))
     assert (loaded.slices, loaded.dose_aware, loaded.window) == (model.slices, model.dose_aware, model.window)

@@ -297,7 +297,7 @@ def test_predict_denoises_every_slice_where_it_lies_and_reads_it(trained, phanto
         "--tile",
         64,
     )
-    (out,) = (tmp_path / "out").iterdir()
+    (out,) = (entry for entry in (tmp_path / "out").iterdir() if entry.is_dir())
     network, _ = load_denoiser(models / "denoiser.pt")
     assert np.abs(denoise(network, made.hu, 10.0) - made.hu).mean() > 1
     image = nib.load(out / "denoised.nii.gz")
@@ -337,7 +337,7 @@ def test_predict_of_the_real_head_writes_its_files_in_its_geometry(trained, real
     _, models = trained
     folder = real_data / "head_ge_tilted"
     call(predict, "--input", folder, "--models", models, "--out", tmp_path, "--device", "cpu")
-    (out,) = tmp_path.iterdir()
+    (out,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
     result = json.loads((out / "prediction.json").read_text())
     assert len(result["slices"]) == 28
     assert 0 <= result["scan"]["probability"] <= 1

@@ -11,6 +11,7 @@ from torch import nn
 
 import checkpoints
 import classifiers
+import inference
 import losses
 import stage
 from anatomy import LESION_CLASSES
@@ -136,6 +137,7 @@ def test_every_segmenter_comes_back_from_a_checkpoint(form, tmp_path):
     content = {"format": checkpoints.FORMAT, "stage": "segmenter", "model": facts}
     checkpoints.save(tmp_path / "s.pt", content | {"state": model.state_dict()})
     loaded, _ = load_segmenter(tmp_path / "s.pt")
+    model.to(memory_format=torch.channels_last)  # as load_network leaves it
     hu = batch(model, 40, 40)
     with torch.inference_mode():
         assert torch.equal(loaded(hu), model(hu))
@@ -271,7 +273,7 @@ def test_segment_works_in_batches_and_with_neighbours_of_the_same_series(monkeyp
     series_of = np.array([0, 0, 1, 1, 1])
     found = segment(Last(slices=3), volume, series_of)
     assert found.any((1, 2)).tolist() == [False, False, False, True, True]
-    monkeypatch.setattr("inference.PIXELS_AT_ONCE", 32)
+    monkeypatch.setitem(inference.PIXELS_AT_ONCE, "cpu", 32)
     parts = list(lesion_probabilities(Last(slices=3), volume, series_of))
     assert [(some.start, some.stop) for some, _ in parts] == [(0, 2), (2, 4), (4, 5)]
     whole = np.concatenate([part for _, part in parts])

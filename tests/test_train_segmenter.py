@@ -92,7 +92,10 @@ def test_segmenter_behind_a_denoiser_names_its_parent_and_has_seen_its_patients(
     parent = facts["parents"]["denoiser"]
     assert parent == {"path": "denoiser.pt", "sha256": checkpoints.file_sha256(tmp_path / "denoiser.pt")}
     assert facts["doses"] == [5.0]
-    assert "val, denoised slices, calibrated 5 in turn" in facts["thresholds"]["lesion"]["origin"]
+    assert (
+        "val with 95% of normal scans clean, denoised slices, calibrated 5 in turn"
+        in (facts["thresholds"]["lesion"]["origin"])
+    )
 
 
 def test_wrong_checkpoints_are_refused_by_name(split_data, tmp_path):
