@@ -32,7 +32,7 @@ import runs
 import stage
 import tables
 import training
-from arms import Networks, agree, load_networks, plan_arms, plan_outlines
+from arms import Networks, agree, is_classical, load_networks, plan_arms, plan_outlines
 from artifacts import ARTIFACTS, SEVERITIES, check_severity
 from cells import Cells
 from dataset import load_pack, native_size
@@ -117,8 +117,7 @@ def get_parser() -> stage.StageParser:
     parser.add_argument(
         "--classical-patients",
         type=stage.positive_int,
-        default=CLASSICAL_PATIENTS,
-        help="test patients on whom classical denoisers are tried (default: %(default)s)",
+        help=f"test patients on whom classical denoisers are tried (default: {CLASSICAL_PATIENTS})",
     )
     parser.add_argument(
         "--stress", nargs="+", choices=sorted(ARTIFACTS), default=[], help="artifacts (default: none)"
@@ -138,6 +137,11 @@ def make_design(args, networks: Networks) -> Design:
     """What is compared, checked before anything slow starts. Raises InputError or ValueError."""
     if args.severities is not None and not args.stress:
         raise stage.InputError("--severities: says how strong --stress is (give --stress, or leave it out)")
+    if args.classical_patients is not None and not any(map(is_classical, networks.denoisers)):
+        known = ", ".join(CLASSICAL)
+        raise stage.InputError(
+            f"--classical-patients: no denoiser is classical (--denoisers names one of {known})"
+        )
     severities = sorted(set(args.severities or SEVERITIES))
     for severity in severities:
         check_severity(severity)
@@ -157,7 +161,7 @@ def make_design(args, networks: Networks) -> Design:
         mask=args.mask,
         margins=comparisons.MARGINS | {"auc": args.margin_auc, "sens": args.margin_sens},
         prevalence=args.prevalence,
-        classical_patients=args.classical_patients,
+        classical_patients=args.classical_patients or CLASSICAL_PATIENTS,
         stress={artifact: severities for artifact in dict.fromkeys(args.stress)},
     )
 

@@ -409,6 +409,7 @@ def test_network_that_knows_a_patient_of_another_set_is_refused(data, elsewhere,
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--models", "nowhere"], "nowhere: no denoiser.pt and no classifier.pt"),
         (["--classical-patients", "0"], "--classical-patients"),
+        (["--classical-patients", "3"], "--classical-patients: no denoiser is classical"),
         (["--denoiser", "denoiser.pt"], "unrecognized arguments: --denoiser"),
     ],
 )
