@@ -50,6 +50,7 @@ from app_words import (
     truth_text,
     verdict,
 )
+from arms import family_name
 from dataset import TASKS, task_targets
 from dose import DOSE_MODELS, SIMULATED
 from inference import LEGEND
@@ -247,6 +248,28 @@ def outline(scan: Shown, segmenters: Sequence[Checkpoint]) -> list[Outlined]:
     return found
 
 
+def strip_lines(arms: Sequence[Arm], slices: Sequence[np.ndarray]) -> list[canvas.Scores]:
+    """The lines under the slices: one for each arm, of networks that differ by their seed alone the mean.
+
+    slices: of each arm (S, classes). A mean has no threshold, as each of its networks has its own."""
+    groups: dict[tuple[str, str], list[tuple[np.ndarray, float | None]]] = {}
+    for arm, found in zip(arms, slices, strict=True):
+        facts = arm.classifier.facts
+        values = TASKS[facts["task"]].positive(found)
+        own = groups.setdefault((arm.name, family_name(Path(arm.classifier.name))), [])
+        own.append((values, facts["thresholds"]["slice"]["value"]))
+    labels = arm_labels(*zip(*groups, strict=True)) if groups else []
+    return [
+        canvas.Scores(
+            label,
+            np.mean([values for values, _ in own], axis=0),
+            own[0][1] if len(own) == 1 else None,
+            colour,
+        )
+        for label, colour, own in zip(labels, arm_colours(labels), groups.values(), strict=True)
+    ]
+
+
 def make_view(
     case: Case,
     scan: Shown,
@@ -274,12 +297,7 @@ def make_view(
         differences = [("denoised", "full"), ("low", "full"), ("low", "denoised")]
     if series.truth is not None:
         layers.append(canvas.Layer("truth", "Noise-free", series.truth, "phantom, before noise"))
-    labels = arm_labels([arm.name for arm in scan.arms], [arm.classifier.name for arm in scan.arms])
-    lines = []
-    for arm, label, colour, (slices, _) in zip(scan.arms, labels, arm_colours(labels), scores, strict=True):
-        facts = arm.classifier.facts
-        values = TASKS[facts["task"]].positive(slices)
-        lines.append(canvas.Scores(label, values, facts["thresholds"]["slice"]["value"], colour))
+    lines = strip_lines(scan.arms, [slices for slices, _ in scores])
     shaded = [1 in (labels.get("any"), labels.get("ischemia")) for labels in series.slice_labels]
     values = None
     if explained is not None:

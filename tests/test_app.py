@@ -977,3 +977,19 @@ def test_config_binds_this_machine_only_and_tells_nobody():
     assert config["browser"]["gatherUsageStats"] is False
     assert config["client"]["showErrorDetails"] == "none"
     assert config["client"]["showErrorLinks"] is False
+
+
+def test_strip_has_one_line_for_networks_that_differ_by_their_seed_alone():
+    from types import SimpleNamespace
+
+    def arm(name, file):
+        facts = {"task": "stroke", "thresholds": {"slice": {"value": 0.4}}}
+        return SimpleNamespace(name=name, classifier=SimpleNamespace(name=file, facts=facts))
+
+    arms = [arm("1", "classifier.seed1.pt"), arm("1", "classifier.seed2.pt"), arm("1n", "classifier_n.pt")]
+    slices = [np.array([[value], [0.0]]) for value in (0.2, 0.6, 0.9)]
+    seeded, alone = app_viewer.strip_lines(arms, slices)
+    assert (seeded.label, seeded.threshold) == ("1", None)
+    np.testing.assert_allclose(seeded.values, [0.4, 0.0])
+    assert (alone.label, alone.threshold) == ("1n", 0.4)
+    assert app_viewer.strip_lines([], []) == []
