@@ -198,16 +198,6 @@ def noise_power_spectrum(
     return Spectrum(np.arange(len(cells)) / (size * pixel_mm), mean, cells, len(chosen))
 
 
-def merge_spectra(spectra: Sequence[Spectrum]) -> Spectrum:
-    """The spectrum of all blocks of parts that have the same blocks and pixels. Raises ValueError if not."""
-    first = spectra[0]
-    if any(not np.array_equal(one.frequencies, first.frequencies) for one in spectra):
-        raise ValueError("spectra: of different frequencies (give all parts the same pixel_mm and block_px)")
-    blocks = sum(one.blocks for one in spectra)
-    power = sum(np.nan_to_num(one.power) * one.blocks for one in spectra) / (blocks or math.nan)
-    return first._replace(power=power, blocks=blocks)
-
-
 def spectrum_distance(one: Spectrum, other: Spectrum) -> float:
     """Share of noise power that lies at another radial frequency: 0 for the same texture, 1 for none.
 

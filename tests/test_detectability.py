@@ -198,21 +198,6 @@ def test_spectrum_takes_only_blocks_wholly_inside():
     assert np.isnan(empty.power).all()
 
 
-def test_merged_spectra_are_the_spectrum_of_all():
-    noise = white((5, 40, 56))
-    inside = np.ones(noise.shape, bool)
-    inside[0] = False
-    whole = d.noise_power_spectrum(noise, inside, 1.0, 8)
-    parts = [
-        d.noise_power_spectrum(noise[i], inside[i], 1.0, 8) for i in (slice(0, 1), slice(1, 2), slice(2, 5))
-    ]
-    merged = d.merge_spectra(parts)
-    np.testing.assert_allclose(merged.power, whole.power)
-    assert merged.blocks == whole.blocks
-    with pytest.raises(ValueError, match="spectra"):
-        d.merge_spectra([whole, d.noise_power_spectrum(noise, inside, 1.1, 8)])
-
-
 def test_spectrum_distance_tells_texture_and_not_strength():
     fine, inside = white((40, 64, 64)), np.ones((40, 64, 64), bool)
     coarse = ndimage.gaussian_filter(fine, (0, 3, 3))
