@@ -52,6 +52,7 @@ class SliceReader(nn.Module):
 
     # Weights of RGB pictures fit `backbone` with another first convolution, another head, and without the
     # parts that are not used; timm's name of them, and the names of these layers
+    backbone: nn.Module
     timm_name: str
     first_conv: str
     first_head: str
@@ -81,11 +82,6 @@ class SliceReader(nn.Module):
             self.register_buffer(
                 name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
             )
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The part that has weights of RGB pictures."""
-        raise NotImplementedError
 
     def normalised(self, hu: torch.Tensor) -> torch.Tensor:
         """The network's picture: (B, slices, H, W) HU -> (B, slices x windows, H, W), slice after slice."""

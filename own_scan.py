@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import tempfile
@@ -18,7 +17,7 @@ import anatomy
 import checkpoints
 import metrics
 import stage
-from dataset import BRAIN_WINDOW, TASKS, fit_to_square, from_square, square_pixel_mm, unwindow_hu
+from dataset import BRAIN_WINDOW, TASKS, fit_to_square, from_square, square_pixel_mm
 from dicom_output import Software, write_derived_series, write_segmentation
 from dicom_series import read_pixels
 from inference import (
@@ -35,12 +34,11 @@ from low_dose import evaluation_seed, noise_level, simulate_scan
 from nifti_series import stored_axes
 from scans import READERS, discover, read_scan
 from sheets import contact_sheet
-from volumes import AIR_HU, Job, Rejected, Scan, ScanError, write_nifti
+from volumes import AIR_HU, ASSUMED_WINDOW, Job, Rejected, Scan, ScanError, write_nifti
 
 PICTURES, ARRAYS = (".png", ".jpg", ".jpeg"), (".npz",)
 SUFFIXES = (".nii.gz", ".nii", ".zip", ".dcm", ".ima", *PICTURES, *ARRAYS)
 SLICES_AT_ONCE = 8  # between two looks at the progress bar
-GREY_LEVELS = 255.0
 SAMPLES = {"Haemorrhage": 6, "Infarct": 12, "Normal": 2}  # synthetic heads: the patient of phantom.py
 SAMPLE_SIZE, SAMPLE_SLICES = 192, 20
 
@@ -106,18 +104,16 @@ def open_scan(path: Path, number: int = 0) -> Opened:
             f"{path}: no CT series{reason} (give DICOM, a zip of it, NIfTI, NPZ or PNG of a head)"
         )
     job = jobs[min(number, len(jobs) - 1)]
-    scan, notes = read_scan(job), []
-    if scan.intensity != "hu":
+    scan, notes = read_scan(job._replace(assume_window=BRAIN_WINDOW)), []
+    repairs = {text for slice_ in scan.repairs for text in slice_}
+    if ASSUMED_WINDOW in repairs:
         center, width = BRAIN_WINDOW
-        hu = unwindow_hu(scan.hu / GREY_LEVELS, center, width).round().astype(np.int16)
-        scan = dataclasses.replace(scan, hu=hu, intensity="hu")
         notes.append(
             f"Grey levels of a picture were taken as the window {center:g} / {width:g} HU: what was darker "
             "or brighter is lost, and the networks have not seen such images."
         )
-    repairs = sorted({text for slice_ in scan.repairs for text in slice_})
-    if repairs:
-        notes.append("Repaired or assumed: " + "; ".join(repairs))
+    if repairs - {ASSUMED_WINDOW}:
+        notes.append("Repaired or assumed: " + "; ".join(sorted(repairs - {ASSUMED_WINDOW})))
     axes = stored_axes(job.inputs.image) if job.source == "nifti" else None
     return Opened(scan, len(jobs), axes, job.source == "dicom", notes)
 
