@@ -25,7 +25,8 @@ import stage
 from arms import is_classical
 from artifacts import ARTIFACTS, scan_seed
 from dataset import Pack, to_tensor
-from inference import Network, denoise, read, segment
+from inference import Network, denoise, read
+from lesion_reading import outline_lesions
 from low_dose import LowDose
 from runs import World
 
@@ -211,14 +212,13 @@ def _classified(cells: Cells, cell: Cell, seen: Seen) -> dict:
 def _outlined(cells: Cells, cell: Cell, seen: Seen) -> dict:
     """lesions.case_report of each scan."""
     pack, rows, series_of = cells.pack, seen.rows, cells.pack.series_of[seen.rows]
-    threshold = cell.reader.facts["thresholds"]["lesion"]["value"]
-    masks = segment(cell.reader.network, seen.images, series_of, threshold)
+    rule = cell.reader.facts["thresholds"]["lesion"]
     reports = []
     for number in np.unique(series_of):
         own = series_of == number
-        pixel_mm = float(pack.pixel_mm[rows[own][0]])
-        spacing_mm = (pack.series[number]["spacing_mm"][0], pixel_mm, pixel_mm)
-        reports.append(lesions.case_report(np.asarray(pack.mask[rows[own]]), masks[own], spacing_mm))
+        spacing_mm = pack.spacing_mm(number)
+        found = outline_lesions(cell.reader.network, rule, seen.images[own], spacing_mm)
+        reports.append(lesions.case_report(np.asarray(pack.mask[rows[own]]), found, spacing_mm))
     return {"reports": reports}
 
 

@@ -392,11 +392,16 @@ class Pack:
         self.series_of = np.repeat(np.arange(len(counts)), counts)
         self.slice_of = np.concatenate([np.arange(count) for count in counts])
         self.labels = [index["labels"][number] for numbers in index["labels_of"] for number in numbers]
-        sides = [square_pixel_mm(m["shape"][1:], m["spacing_mm"], self.size) for m in self.series]
-        self.pixel_mm = np.repeat(sides, counts)
+        self._sides_mm = [square_pixel_mm(m["shape"][1:], m["spacing_mm"], self.size) for m in self.series]
+        self.pixel_mm = np.repeat(self._sides_mm, counts)
 
     def __len__(self) -> int:
         return len(self.image)
+
+    def spacing_mm(self, number: int) -> tuple[float, float, float]:
+        """Of the slices, rows and columns of a series as it is here."""
+        side = self._sides_mm[number]
+        return self.series[number]["spacing_mm"][0], side, side
 
     def masks(self, make: Callable[[np.ndarray, Sequence[float]], np.ndarray]) -> np.ndarray:
         """(N, size, size) bool from make(volume, spacing_mm), one series after the other.
@@ -404,10 +409,8 @@ class Pack:
         Made from the truth where there is one, else from the image: never from a low dose."""
         source = self.image if self.truth is None else self.truth
         parts = []
-        for number, metadata in enumerate(self.series):
-            rows = self.series_of == number
-            pixel = float(self.pixel_mm[rows][0])
-            parts.append(make(source[rows], (metadata["spacing_mm"][0], pixel, pixel)))
+        for number in range(len(self.series)):
+            parts.append(make(source[self.series_of == number], self.spacing_mm(number)))
         return np.concatenate(parts)
 
     def patient_ids(self) -> np.ndarray:

@@ -55,11 +55,11 @@ def asked_slices(pack: Pack, name: str) -> list[tuple[int, np.ndarray, float]]:
     Lesions are 26-connected in the scan; those of SMALLEST_ML and more count, in the slices that show at
     least SMALLEST_SHARE of their largest section."""
     found = []
-    for number, metadata in enumerate(pack.series):
+    for number in range(len(pack.series)):
         rows = np.flatnonzero(pack.series_of == number)
         mask = np.isin(np.asarray(pack.mask[rows]), MASKS_OF[name])
         parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
-        voxel_ml = metadata["spacing_mm"][0] * float(pack.pixel_mm[rows[0]]) ** 2 / 1000
+        voxel_ml = math.prod(pack.spacing_mm(number)) / 1000
         sections = np.array([np.bincount(part.ravel(), minlength=count + 1) for part in parts])
         volumes = sections.sum(0) * voxel_ml
         for place, row in enumerate(rows):

@@ -14,7 +14,8 @@ from arms import Family
 from dataset import BRAIN_WINDOW, TASKS, neighbours
 from explain import grad_cam, overlay, scan_grad_cam
 from figures import Tile, dose_words
-from inference import denoise, read, segment
+from inference import denoise, read
+from lesion_reading import outline_lesions
 from sequences import SequenceModel
 from study import Study
 
@@ -44,8 +45,9 @@ def failure_tiles(study: Study, flip: dict) -> list[Tile]:
     called = doses[0] if (flip["change"] == "lost") == (flip["target"] == 1) else doses[1]
     suspicion = study.answer(arm, study.at(model, called)[0])["slice"][rows]
     place = int(np.argmax(suspicion if truth is None or not truth.any() else truth.sum((1, 2))))
-    if not isinstance(reader, SequenceModel):  # then neighbours are all that is needed, which saves minutes
-        networks = [reader, *(one.network for one in (arm.denoiser, outline and outline.segmenter) if one)]
+    # neighbours are all that networks of slices need, which saves minutes
+    if outline is None and not isinstance(reader, SequenceModel):
+        networks = [reader, *([arm.denoiser.network] if arm.denoiser else [])]
         reach = sum(network.slices // 2 for network in networks)
         first, last = max(place - reach, 0), place + reach + 1
         rows, place = rows[first:last], place - first
@@ -56,8 +58,9 @@ def failure_tiles(study: Study, flip: dict) -> list[Tile]:
         seen[dose] = low[dose] if arm.denoiser is None else denoise(arm.denoiser.network, low[dose], levels)
         if outline is not None:
             images = low[dose] if outline.denoiser is None else seen[dose]
-            threshold = outline.segmenter.facts["thresholds"]["lesion"]["value"]
-            outlined[dose] = segment(outline.segmenter.network, images, None, threshold) > 0
+            segmenter, spacing_mm = outline.segmenter, pack.spacing_mm(flip["row"])
+            rule = segmenter.facts["thresholds"]["lesion"]
+            outlined[dose] = outline_lesions(segmenter.network, rule, images, spacing_mm) > 0
     name = _called_class(arm.task, reader, seen[called])
     affine = pack.series[flip["row"]]["affine"]
 

@@ -5,7 +5,7 @@ other, by the volume that validation chose, that is said; what the classifier sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,9 @@ from scipy import ndimage
 from torch import nn
 
 import anatomy
+import lesions
 from dataset import TASKS, from_square
 from inference import Network, Probabilities, lesion_mask, lesion_probabilities
-from lesions import TOUCHING
 from volumes import Scan
 
 NORMAL = "normal"  # the class of an exclusive task that has no lesion
@@ -60,9 +60,7 @@ def read_lesions(
     if called.positive is False:
         facts["why"] += "; outlined all the same"
     threshold = segmenter.facts["thresholds"]["lesion"]
-    mask = outline_lesions(
-        segmenter.network, images(), scan.hu.shape[1:], scan.spacing_mm, threshold["value"]
-    )
+    mask = outline_lesions(segmenter.network, threshold, images(), scan.spacing_mm, scan.hu.shape[1:])
     classes = segmenter.facts["classes"]
     measured = measure_lesions(mask, scan, classes)
     facts |= {
@@ -91,19 +89,23 @@ def call_scan(found: Probabilities, facts: dict) -> Call:
 
 def outline_lesions(
     network: nn.Module,
+    rule: Mapping[str, Any],
     images: np.ndarray,
-    shape: Sequence[int],
     spacing_mm: Sequence[float],
-    threshold: float,
+    shape: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Lesions on the pixels of a scan: (S, rows, columns) uint8, see inference.lesion_mask.
+    """Lesions of a whole scan: (S, rows, columns) uint8, see inference.lesion_mask.
 
-    images: (S, size, size) HU as fit_to_square makes them. shape: (rows, columns) of the scan. spacing_mm:
-    its (slice, row, column). Probabilities are what is brought back, so that edges are no stairs."""
-    mask = np.empty((len(images), *shape), np.uint8)
+    rule: facts["thresholds"]["lesion"] of the segmenter's checkpoint, value and least_ml. images: (S, size,
+    size) HU. shape: (rows, columns) of the scan where fit_to_square made the images, whose masks are then
+    brought back to its pixels: probabilities are, so that edges are no stairs. spacing_mm: (slice, row,
+    column) of what is returned."""
+    mask = np.empty((len(images), *(shape or images.shape[1:])), np.uint8)
     for some, found in lesion_probabilities(network, images):
-        mask[some] = lesion_mask(from_square(found, shape, spacing_mm), threshold)
-    return mask
+        if shape is not None:
+            found = from_square(found, shape, spacing_mm)
+        mask[some] = lesion_mask(found, rule["value"])
+    return lesions.without_specks(mask, spacing_mm, rule.get("least_ml", 0.0))
 
 
 def slice_thickness_mm(positions_mm: Sequence[float], gap_mm: float) -> np.ndarray:
@@ -139,7 +141,7 @@ def measure_lesions(mask: np.ndarray, scan: Scan, classes: Sequence[str]) -> dic
             name: volume_ml(area_mm2(mask == value)) for value, name in enumerate(classes, start=1)
         },
         "area_percent": _percent(float(areas @ thickness), float(whole @ thickness)),
-        "lesions": int(ndimage.label(mask > 0, TOUCHING)[1]),
+        "lesions": int(ndimage.label(mask > 0, lesions.TOUCHING)[1]),
         "slices": [
             {"index": index, "area_mm2": float(area), "area_percent": _percent(area, all_of_it)}
             for index, (area, all_of_it) in enumerate(zip(areas, whole, strict=True))

@@ -142,6 +142,16 @@ def size_name(volume: float) -> str | None:
     return SIZES[int(np.digitize(volume, SIZE_EDGES_ML))] if volume > 0 else None
 
 
+def without_specks(mask: np.ndarray, spacing_mm: Sequence[float], least_ml: float) -> np.ndarray:
+    """The mask (S, H, W) without those of its 26-connected components that are smaller than least_ml."""
+    if not mask.any() or least_ml <= 0:
+        return mask
+    component_at, _ = ndimage.label(mask, TOUCHING)
+    kept = np.bincount(component_at.ravel()) * _voxel_ml(spacing_mm) >= least_ml - ROUNDING
+    kept[0] = False  # what is no component
+    return np.where(kept[component_at], mask, np.zeros_like(mask))
+
+
 def _voxel_ml(spacing_mm: Sequence[float]) -> float:
     return float(np.prod(_spacing(spacing_mm))) / 1000  # mm3
 

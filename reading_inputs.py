@@ -18,6 +18,7 @@ from inference import denoise, load_denoiser
 from low_dose import LowDose, check_doses
 
 INPUTS = ("clean", "noisy", "denoised")
+DENOISED = ("denoised", "joint")  # a classifier may train its denoiser along with it
 VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and run
 
 
@@ -80,12 +81,15 @@ class ReadingInputs:
 # ---------------------------------------------------------------- from the options of a stage
 
 
-class Prepared(NamedTuple):
-    """What --input asks for. inputs: by split. facts: of the checkpoint. seen: patients of the denoiser."""
+class Asked(NamedTuple):
+    """What --input asks for. dose_model: None is clean. denoiser: network and facts, or None. seen: patients
+    that it was trained on. facts: of the checkpoint."""
 
-    inputs: dict[str, ReadingInputs]
-    facts: dict
+    dose_model: str | None
+    doses: list[float]
+    denoiser: tuple[nn.Module, dict] | None
     seen: list[str]
+    facts: dict
 
 
 def check_input_options(args: argparse.Namespace) -> None:
@@ -95,23 +99,33 @@ def check_input_options(args: argparse.Namespace) -> None:
             if getattr(args, option) is not None:
                 words = option.replace("_", "-")
                 raise stage.InputError(f"--{words}: clean slices have no low dose (leave it out)")
-    if args.denoiser is not None and args.input != "denoised":
-        raise stage.InputError(f"--denoiser: only for --input denoised, not {args.input} (leave it out)")
+    if args.denoiser is not None and args.input not in DENOISED:
+        raise stage.InputError(f"--denoiser: {args.input} slices pass none (leave it out)")
 
 
-def prepare_inputs(args: argparse.Namespace, packs: Mapping[str, Pack], device: torch.device) -> Prepared:
-    """packs: by split, val without stored noise. Raises InputError for a denoiser or doses that are not."""
+def asked_for(args: argparse.Namespace, device: torch.device) -> Asked:
+    """Before any pack is built. Raises InputError for a denoiser or doses that are not."""
     dose_model = None if args.input == "clean" else args.dose_model or training.DOSE_MODEL
     doses = [] if dose_model is None else check_doses(dose_model, args.doses)
     denoiser, parents, seen = None, {}, []
-    if args.input == "denoised":
+    if args.input in DENOISED:
         path = args.denoiser or args.out / "denoiser.pt"
-        denoiser, facts = load_denoiser(path, device)
+        denoiser = load_denoiser(path, device)
         parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
-        seen += facts["trained_on"]
+        seen += denoiser[1]["trained_on"]
+    facts = {"input": args.input, "dose_model": dose_model, "doses": doses, "parents": parents}
+    return Asked(dose_model, doses, denoiser, seen, facts)
+
+
+def make_inputs(
+    args: argparse.Namespace, asked: Asked, packs: Mapping[str, Pack], device: torch.device
+) -> dict[str, ReadingInputs]:
+    """By split, val without stored noise. A denoiser that learns too (--input joint) is not among them."""
+    denoiser = asked.denoiser[0] if args.input == "denoised" else None
     inputs = {}
     for split, pack in packs.items():
-        stored = 0 if dose_model is None or split == "val" else training.noise_realisations(args, device)
-        inputs[split] = ReadingInputs(pack, dose_model, doses, realisations=stored, denoiser=denoiser)
-    facts = {"input": args.input, "dose_model": dose_model, "doses": doses, "parents": parents}
-    return Prepared(inputs, facts, seen)
+        stored = 0 if args.input == "clean" or split == "val" else training.noise_realisations(args, device)
+        inputs[split] = ReadingInputs(
+            pack, asked.dose_model, asked.doses, realisations=stored, denoiser=denoiser
+        )
+    return inputs

@@ -27,9 +27,9 @@ from inference import (
     fits_denoiser,
     load_denoiser,
     load_segmenter,
-    segment,
 )
 from intervals import bootstrap_sums
+from lesion_reading import outline_lesions
 from low_dose import LowDose, check_doses
 from scoring import Shown, about, panels, write_figures, write_table
 
@@ -150,18 +150,17 @@ def score(
             f"{pack.folder.name}: not every series has a lesion mask to score against (prepare data with "
             "masks, or choose another --split)"
         )
-    network, threshold = segmenter.network, segmenter.facts["thresholds"]["lesion"]["value"]
+    network, rule = segmenter.network, segmenter.facts["thresholds"]["lesion"]
     pictured = pictured_scans(pack)
     found: dict[Shown, list[Case]] = {}
     for number in stage.progress(range(len(pack.series)), desc="evaluate", unit="scan"):
         metadata, rows = pack.series[number], np.flatnonzero(pack.series_of == number)
-        pixel_mm = float(pack.pixel_mm[rows[0]])
-        spacing_mm = (metadata["spacing_mm"][0], pixel_mm, pixel_mm)
+        spacing_mm = pack.spacing_mm(number)
         truth = np.asarray(pack.mask[rows])
         kind = main_kind(truth)
         keys = {name: metadata[name] for name in ("patient_id", "series_uid")} | {"n_slices": len(rows)}
         for shown, images in views(pack, rows, asked, denoiser, seed):
-            mask = segment(network, images, threshold=threshold)
+            mask = outline_lesions(network, rule, images, spacing_mm)
             case = Case(
                 shown._asdict() | keys,
                 kind,
@@ -479,11 +478,13 @@ def say_results(
     """The table, with what its numbers mean."""
     facts = segmenter.facts
     what = "lesion or not" if len(facts["classes"]) == 1 else ", ".join(facts["classes"])
+    rule = facts["thresholds"]["lesion"]
     stage.say(
         f"{segmenter.path}: {what}, trained on {facts['input']} slices. "
         f"{len(set(pack.patient_ids().tolist()))} {split} patients, {len(pack.series)} scans, {len(pack)} "
-        f"slices of {pack.size} x {pack.size}, threshold {facts['thresholds']['lesion']['value']:g}, noise "
-        f"seed {seed}{'' if denoiser is None else f', denoiser {denoiser}'}"
+        f"slices of {pack.size} x {pack.size}, threshold {rule['value']:g}, nothing "
+        f"under {rule.get('least_ml', 0):g} ml, "
+        f"noise seed {seed}{'' if denoiser is None else f', denoiser {denoiser}'}"
     )
     if seen:
         stage.say(f"  {seen} of these patients were seen in training or validation: no fair test")

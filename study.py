@@ -264,10 +264,8 @@ class Study:
         return {name: mask for name, mask in found.items() if mask.any()}
 
     def _lesion_size(self, number: int) -> str:
-        rows = np.flatnonzero(self.pack.series_of == number)
-        pixel_mm = float(self.pack.pixel_mm[rows[0]])
-        spacing_mm = (self.pack.series[number]["spacing_mm"][0], pixel_mm, pixel_mm)
-        return lesions.size_name(lesions.volume_ml(np.asarray(self.pack.mask[rows]) > 0, spacing_mm)) or ""
+        mask = np.asarray(self.pack.mask[np.flatnonzero(self.pack.series_of == number)])
+        return lesions.size_name(lesions.volume_ml(mask > 0, self.pack.spacing_mm(number))) or ""
 
     def at(self, dose_model: str, dose: float) -> tuple[Condition, ...]:
         """A dose under each noise."""

@@ -50,11 +50,10 @@ from dataset import (
     padded,
 )
 from explain import METHODS
-from inference import Probabilities, load_classifier, load_denoiser, read
+from inference import Probabilities, load_classifier, read
 from losses import masked_bce_loss, masked_cross_entropy_loss, rmse_loss
-from low_dose import check_doses
 from models import BASELINES, CLASSIFIERS, SEQUENCE_MODELS, build_model
-from reading_inputs import INPUTS, ReadingInputs
+from reading_inputs import INPUTS, ReadingInputs, asked_for, check_input_options, make_inputs
 
 WIDTH = 64  # of ResNet-18 in the paper
 BATCH_SIZE, SCANS = 32, 4  # slices, and scans, of a batch
@@ -216,12 +215,7 @@ def check_options(args: argparse.Namespace) -> None:
     for option, models in ONLY_FOR.items():
         if getattr(args, option) is not None and args.model not in models:
             refuse(option, f"only for --model {' and '.join(models)}")
-    if args.input == "clean":
-        for option in ("dose_model", "doses", "noise_realisations"):
-            if getattr(args, option) is not None:
-                refuse(option, "clean slices have no low dose")
-    if args.denoiser is not None and args.input not in ("denoised", "joint"):
-        refuse("denoiser", f"only for --input denoised and joint, not {args.input}")
+    check_input_options(args)
     if args.joint_weight is not None and args.input != "joint":
         refuse("joint_weight", "only for --input joint")
     if args.input == "joint" and args.window_jitter:
@@ -312,14 +306,7 @@ def with_options(args: argparse.Namespace, **changed: Any) -> argparse.Namespace
 def prepare(args: argparse.Namespace) -> Run:
     """Data, targets and inputs of one command. Raises InputError for what does not go together."""
     device = training.pick_device(args.device)
-    dose_model = args.dose_model or training.DOSE_MODEL
-    doses = check_doses(dose_model, args.doses)
-    denoiser, parents, seen = None, {}, []
-    if args.input in ("denoised", "joint"):
-        path = args.denoiser or args.out / "denoiser.pt"
-        denoiser = load_denoiser(path, device)
-        parents["denoiser"] = {"path": path.name, "sha256": checkpoints.file_sha256(path)}
-        seen += denoiser[1]["trained_on"]
+    asked = asked_for(args, device)
     size = args.size or native_size(args.data)
     packs = {split: load_pack(args.data, split, size) for split in ("train", "val")}
     targets = {
@@ -328,24 +315,22 @@ def prepare(args: argparse.Namespace) -> Run:
         )
         for split, pack in packs.items()
     }
-    clean = args.input == "clean"
-    inputs = {}
-    for split, pack in packs.items():
-        stored = 0 if clean or split == "val" else training.noise_realisations(args, device)
-        before = denoiser[0] if args.input == "denoised" else None
-        inputs[split] = ReadingInputs(
-            pack, None if clean else dose_model, doses, realisations=stored, denoiser=before
-        )
-    facts = {
+    facts = asked.facts | {
         "task": args.task,
         "classes": list(TASKS[args.task].classes),
-        "input": args.input,
         "assume_absent": args.assume_absent,
-        "dose_model": None if clean else dose_model,
-        "doses": [] if clean else doses,
-        "parents": parents,
     }
-    return Run(args, device, packs["train"], packs["val"], targets, inputs, denoiser, facts, seen)
+    return Run(
+        args,
+        device,
+        packs["train"],
+        packs["val"],
+        targets,
+        make_inputs(args, asked, packs, device),
+        asked.denoiser,
+        facts,
+        asked.seen,
+    )
 
 
 def cnn_kwargs(args: argparse.Namespace, name: str) -> dict[str, Any]:

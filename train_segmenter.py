@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -43,16 +44,16 @@ from display import FOUND_RGB, TRUE_RGB, paint, to_grey
 from inference import lesion_mask, lesion_probabilities, load_segmenter, segment
 from losses import SEGMENTATION_LOSSES
 from models import SEGMENTERS, build_model
-from reading_inputs import INPUTS, check_input_options, prepare_inputs
+from reading_inputs import INPUTS, asked_for, check_input_options, make_inputs
 from segmenters import CLASSES
 
 WIDTHS = [32, 64, 128, 256]  # half of Ronneberger's, and a level less: heads are smaller pictures
 ENCODER = "efficientnet-b4"  # of the earlier system
 # Of the slices of an epoch: as many that teach what a lesion is as slices that teach what none is
 FOREGROUND_SHARE = 0.5
-# Among which validation chooses; close to 1 a network that saw lesions in half of its slices leaves normal
-# scans alone
-THRESHOLDS = np.append(np.arange(1, 20) / 20, [0.97, 0.98, 0.99, 0.995, 0.998, 0.999])
+# Among which validation chooses, both together: a probability, and the least volume that is called a lesion
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+LEAST_ML = (0.0, 0.05, 0.1, 0.2, 0.4)  # the smallest bleeds that readers measure are some tenths of a ml
 CLEAN_SHARE = 0.95  # of normal scans without a lesion voxel: an outline in each would be read by nobody
 THRESHOLD = 0.5  # where it cannot
 SAMPLES = 4  # pictures of an epoch
@@ -238,25 +239,26 @@ class Validation:
 
     def __init__(self, pack: Pack, images: np.ndarray, threshold: float | None, source: str):
         self.pack, self.images, self.source = pack, images, source
-        self.tried = THRESHOLDS if threshold is None else np.array([threshold])
-        self.origin = (
-            "--threshold"
-            if threshold is not None
-            else f"largest mean Dice on val with {CLEAN_SHARE:.0%} of normal scans clean, {source}"
-        )
+        thresholds = THRESHOLDS if threshold is None else (threshold,)
+        self.tried = list(itertools.product(thresholds, LEAST_ML))
+        self.origin = f"largest mean Dice on val with {CLEAN_SHARE:.0%} of normal scans clean, {source}"
+        if threshold is not None:
+            self.origin = f"value: --threshold; least_ml: {self.origin}"
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """dice (mean over scans with a lesion), false_positive_ml and clean (on scans without), thresholds,
         volume_rule.
 
         Of several classes also dice_<class>, over scans that show it, and dice_mean, over classes."""
-        dice, false_ml, by_class, volumes_ml = [], [], [], []  # of each scan, at each threshold that is tried
-        for rows, metadata in zip(scan_parts(self.pack), self.pack.series, strict=True):
-            truth, pixel_mm = self.pack.mask[rows], self.pack.pixel_mm[rows[0]]
-            spacing_mm = (metadata["spacing_mm"][0], pixel_mm, pixel_mm)
+        dice, false_ml, by_class, volumes_ml = [], [], [], []  # of each scan, by each rule that is tried
+        for number, rows in enumerate(scan_parts(self.pack)):
+            truth, spacing_mm = self.pack.mask[rows], self.pack.spacing_mm(number)
             parts = lesion_probabilities(model, self.images[rows])
             probabilities = np.concatenate([found for _, found in parts])
-            masks = [lesion_mask(probabilities, threshold) for threshold in self.tried]
+            masks = [
+                lesions.without_specks(lesion_mask(probabilities, threshold), spacing_mm, least_ml)
+                for threshold, least_ml in self.tried
+            ]
             dice.append([lesions.dice(truth, mask) if truth.any() else math.nan for mask in masks])
             false_ml.append([lesions.false_positive_volume_ml(truth, mask, spacing_mm) for mask in masks])
             by_class.append([dice_of_classes(truth, mask, len(model.classes)) for mask in masks])
@@ -264,6 +266,7 @@ class Validation:
         means, false_ml = mean_known(np.array(dice)), np.array(false_ml)
         clean = mean_known(np.where(np.isnan(false_ml), math.nan, false_ml == 0))
         place, origin = self._choose(means, clean)
+        threshold, least_ml = self.tried[place]
         false_positive_ml = mean_known(false_ml[:, place])
         found = {"dice": means[place], "false_positive_ml": false_positive_ml, "clean": clean[place]}
         if len(model.classes) > 1:
@@ -272,18 +275,18 @@ class Validation:
             found["dice_mean"] = mean_known(values)
         found = {name: float(value) for name, value in found.items()}
         return found | {
-            "thresholds": {"lesion": {"value": float(self.tried[place]), "origin": origin}},
+            "thresholds": {"lesion": {"value": threshold, "least_ml": least_ml, "origin": origin}},
             "volume_rule": volume_rule(
                 ~np.isnan(np.array(dice)[:, place]), np.array(volumes_ml)[:, place], self.source
             ),
         }
 
     def _choose(self, means: np.ndarray, clean: np.ndarray) -> tuple[int, str]:
-        """Which threshold, and why: of equally good ones that nearest to the middle.
+        """Which rule, and why: of equally good ones that with the threshold nearest to the middle.
 
-        means: mean Dice of scans with a lesion, clean: share of others that stay so, at each threshold.
-        Where no threshold leaves enough of them clean, it is the one that leaves most."""
-        middle = abs(self.tried - THRESHOLD)
+        means: mean Dice of scans with a lesion, clean: share of others that stay so, by each rule. Where no
+        rule leaves enough of them clean, it is the one that leaves most."""
+        middle = abs(np.array(self.tried)[:, 0] - THRESHOLD)
         if np.isnan(means).all() and len(means) > 1:
             return int(middle.argmin()), "val has no lesion to choose it by"
         spoilt = np.nan_to_num(CLEAN_SHARE - clean).clip(0)  # unknown without normal scans: not asked
@@ -330,11 +333,13 @@ def network_of(args: argparse.Namespace) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> None:
     """One network. Raises InputError for what does not go together."""
     device = training.pick_device(args.device)
+    asked = asked_for(args, device)
+    facts, seen = asked.facts, asked.seen
     size = args.size or native_size(args.data)
     packs = {split: load_pack(args.data, split, size) for split in ("train", "val")}
     foreground = {split: lesion_slices(pack, split, args.classes) for split, pack in packs.items()}
     weights = sampling_weights(foreground["train"], args.foreground_share)
-    inputs, facts, seen = prepare_inputs(args, packs, device)
+    inputs = make_inputs(args, asked, packs, device)
     model = network_of(args)
     loss, state = SEGMENTATION_LOSSES[args.loss], None
     if args.finetune is not None:

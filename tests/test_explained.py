@@ -27,7 +27,6 @@ class Volumes:
         ]
         self.series_of = np.repeat([0, 1], 5)
         self.slice_of = np.tile(np.arange(5), 2)
-        self.pixel_mm = np.full(10, 4.0)
         self.image = np.zeros((10, 32, 32), np.int16)
         self.mask = np.zeros((10, 32, 32), np.uint8)
         self.mask[1:3, 8:16, 8:16] = 2  # 128 voxels, 10.2 ml
@@ -35,6 +34,9 @@ class Volumes:
         self.mask[6, 20:22, 20:22] = 6  # 0.3 ml
         self.mask[8, 8:20, 8:20] = 6  # 11.5 ml
         self.image[self.mask > 0] = 70
+
+    def spacing_mm(self, number):
+        return self.series[number]["spacing_mm"]
 
 
 class Bright(nn.Module):

@@ -119,10 +119,18 @@ def test_outline_lesions_puts_a_one_sided_lesion_where_it_is(shape, spacing_mm):
     inside = np.hypot((row - centre[0]) * row_mm, (column - centre[1]) * column_mm) < radius_mm
     hu = np.where(inside, 85, 30).astype(np.int16)[None]  # the edge of what is brighter than 57.5 is its edge
     images = fit_to_square(hu, spacing_mm, SIZE, AIR_HU)
-    mask = outline_lesions(BrightSegmenter(), images, shape, spacing_mm, 0.5)
+    mask = outline_lesions(BrightSegmenter(), {"value": 0.5}, images, spacing_mm, shape)
     assert mask.shape == hu.shape
     np.testing.assert_allclose(ndimage.center_of_mass(mask[0]), ndimage.center_of_mass(inside), atol=0.5)
     assert mask.sum() == pytest.approx(inside.sum(), rel=0.15)  # its edge is within half a pixel of SIZE
+
+
+def test_outline_lesions_leaves_out_what_is_smaller_than_the_checkpoint_allows():
+    hu = np.full((3, SIZE, SIZE), 30, np.int16)
+    hu[0, 4:8, 4:8] = hu[2, 20:22, 20:22] = 85  # 16 and 4 pixels of 0.01 ml
+    rule = {"value": 0.5, "least_ml": 0.05}
+    mask = outline_lesions(BrightSegmenter(), rule, hu, (10.0, 1.0, 1.0))
+    np.testing.assert_array_equal(mask, (hu == 85) & (np.arange(3) == 0)[:, None, None])
 
 
 # ---------------------------------------------------------------- what is measured

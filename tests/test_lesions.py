@@ -117,6 +117,18 @@ def test_volume_of_a_ball_is_that_of_a_ball():
     assert lesions.volume_ml(mask, (2.5, 0.9, 0.9)) == pytest.approx(4 / 3 * math.pi * 8, rel=0.01)
 
 
+def test_specks_go_and_what_is_large_enough_stays_as_it_is():
+    mask = box((0, 1, 1), (2, 2, 5), (4, 12, 12)).astype(np.uint8) * 3  # 20 voxels of 0.005 ml
+    mask[2, 3, 6] = 1  # touches it by a corner: 21 in all
+    mask[0, 9, 9] = mask[3, 9, 9] = 5  # alone
+    kept = lesions.without_specks(mask, (5, 1, 1), 0.105)
+    assert kept.dtype == mask.dtype and np.array_equal(kept, np.where(mask == 5, 0, mask))
+    assert not lesions.without_specks(mask, (5, 1, 1), 0.11).any()
+    for least in (0, 0.005):
+        assert np.array_equal(lesions.without_specks(mask, (5, 1, 1), least), mask)
+    assert not lesions.without_specks(np.zeros_like(mask), (5, 1, 1), 1).any()
+
+
 def test_false_positive_volume_is_of_negatives_only():
     alarm = box((1, 1, 1), (1, 2, 5), (4, 7, 8))
     nothing = np.zeros_like(alarm)

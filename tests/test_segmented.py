@@ -20,6 +20,7 @@ import train_segmenter
 from anatomy import LESION_CLASSES
 from dataset import load_pack, read_metadata, read_splits, series_folders
 from inference import denoise, load_denoiser, load_segmenter, segment
+from lesion_reading import outline_lesions
 from low_dose import LowDose
 from scoring import Shown
 from segmenters import SEGMENTERS, Segmenter
@@ -219,11 +220,11 @@ def test_each_scan_passes_the_network_once_per_view(
 ):
     seen = []
 
-    def counted(model, volume, **more):
+    def counted(model, rule, volume, spacing_mm):
         seen.append(len(volume))
-        return segment(model, volume, **more)
+        return outline_lesions(model, rule, volume, spacing_mm)
 
-    monkeypatch.setattr(segmented, "segment", counted)
+    monkeypatch.setattr(segmented, "outline_lesions", counted)
     evaluate(models, split_data_once, tmp_path)
     assert seen == [6] * 2 * len(VIEWS)  # never more than one scan at once
 
@@ -428,7 +429,9 @@ def test_evaluation_tells_whom_it_is_about_and_keeps_it(models, split_data_once,
     assert (
         "lesion or not, trained on clean slices. 2 val patients, 2 scans, 12 slices of 48 x 48" in printed[0]
     )
-    assert f"threshold 0.5, noise seed 42, denoiser {models / 'denoiser.pt'}" in printed[0]
+    assert (
+        f"threshold 0.5, nothing under 0 ml, noise seed 42, denoiser {models / 'denoiser.pt'}" in printed[0]
+    )
     assert "2 of these patients were seen in training or validation: no fair test" in printed[1]
     assert [line for line in printed if not line.startswith(" ")][1:-1] == [
         *("clean", "dose 20, noisy (calibrated)", "dose 20, denoised (calibrated)")

@@ -258,7 +258,7 @@ def test_principal_components_have_no_correlation_and_are_refused_beyond_the_sli
         (["--model", "cnn-bilstm", "--input", "joint"], "--input joint: for networks of slices"),
         (["--doses", 5], "--doses: clean slices have no low dose"),
         (["--joint-weight", 0.1], "--joint-weight: only for --input joint"),
-        (["--denoiser", "x.pt"], "--denoiser: only for --input denoised and joint"),
+        (["--denoiser", "x.pt"], "--denoiser: clean slices pass none"),
         (["--model", "convnext-tiny", "--width", 4], "--width: only for resnet18"),
         (["--weights", "x.pth"], "--weights: give --pretrained too"),
         (["--model", "two-stage", "--cnn", "x.pt", "--width", 8], "--width: --cnn is what it is"),

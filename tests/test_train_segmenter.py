@@ -184,7 +184,7 @@ def test_samples_show_the_slice_what_was_found_and_what_is_true(split_data, tmp_
         ),
         (["--doses", 5], "--doses: clean slices have no low dose"),
         (["--dose-model", "poisson"], "--dose-model: clean slices have no low dose"),
-        (["--input", "noisy", "--denoiser", "d.pt"], "--denoiser: only for --input denoised, not noisy"),
+        (["--input", "noisy", "--denoiser", "d.pt"], "--denoiser: noisy slices pass none"),
         (["--slices", 2, "--widths", 4, 8], "slices 2: must be odd"),
     ],
 )
@@ -229,7 +229,8 @@ def test_val_without_lesion_keeps_the_last_epoch_and_says_so(split_data, tmp_pat
     assert "val holds no lesion: no Dice to choose by, the last epoch is kept" in capsys.readouterr().err
     facts = checkpoints.load(tmp_path / "segmenter.pt", "segmenter")
     assert facts["validation"]["epoch"] == 2
-    assert facts["thresholds"]["lesion"] == {"value": 0.5, "origin": "val has no lesion to choose it by"}
+    origin = "val has no lesion to choose it by"
+    assert facts["thresholds"]["lesion"] == {"value": 0.5, "least_ml": 0.0, "origin": origin}
     assert facts["validation"]["false_positive_ml"] >= 0
 
 
@@ -315,7 +316,7 @@ def test_validation_of_the_truth_is_dice_1_and_clean(val):
     found = Validation(pack, images, None, "x")(Known(truth))
     assert (found["dice"], found["false_positive_ml"], found["clean"]) == (1, 0, 1)
     origin = "largest mean Dice on val with 95% of normal scans clean, x"
-    assert found["thresholds"]["lesion"] == {"value": 0.5, "origin": origin}
+    assert found["thresholds"]["lesion"] == {"value": 0.5, "least_ml": 0.0, "origin": origin}
 
 
 def test_validation_chooses_the_threshold_with_the_largest_dice_of_scans(val):
@@ -327,10 +328,11 @@ def test_validation_chooses_the_threshold_with_the_largest_dice_of_scans(val):
     model = Known(torch.logit(torch.from_numpy(p))[:, None])
     chosen = Validation(pack, images, None, "x")(model)
     assert chosen["dice"] == 1
-    assert chosen["thresholds"]["lesion"]["value"] == pytest.approx(0.3)  # of 0.25 and 0.3, nearer to 0.5
+    assert chosen["thresholds"]["lesion"]["value"] == 0.3
     given = Validation(pack, images, 0.2, "x")(model)
     assert given["dice"] == pytest.approx(2 / 3)
-    assert given["thresholds"]["lesion"] == {"value": 0.2, "origin": "--threshold"}
+    assert given["thresholds"]["lesion"]["value"] == 0.2
+    assert given["thresholds"]["lesion"]["origin"].startswith("value: --threshold; least_ml: largest mean")
 
 
 def test_validation_prefers_a_threshold_that_leaves_normal_scans_clean_to_a_larger_dice(val):
@@ -339,10 +341,26 @@ def test_validation_prefers_a_threshold_that_leaves_normal_scans_clean_to_a_larg
     p = np.full(pack.mask.shape, 0.01)
     p[rows, 4:12, 4:12] = 0.5  # all of the lesion up to here
     p[rows, 4:12, 4:8] = 0.97  # half of it
-    p[np.setdiff1d(np.arange(len(pack)), rows), 20:22, 20:22] = 0.6  # in every normal scan
+    p[np.setdiff1d(np.arange(len(pack)), rows), 20:30, 20:30] = 0.6  # in every normal scan
     found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
     assert 0.6 < found["thresholds"]["lesion"]["value"] < 0.97
     assert (found["dice"], found["clean"]) == (pytest.approx(2 / 3), 1)
+
+
+def test_validation_rather_drops_specks_than_half_of_the_lesion(val):
+    """As above, but what normal scans show is small: the lesion stays whole."""
+    pack, images = val
+    pack.spacing_mm = lambda _: (5.0, 2.0, 2.0)  # voxels of 0.02 ml
+    rows = planted(pack, 0)
+    p = np.full(pack.mask.shape, 0.01)
+    p[rows, 4:12, 4:12] = 0.5
+    p[rows, 4:12, 4:8] = 0.97
+    normal = np.setdiff1d(np.arange(len(pack)), rows)[0]
+    p[normal, 20, 20] = 0.99
+    found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
+    assert (found["dice"], found["clean"]) == (1, 1)
+    rule = found["thresholds"]["lesion"]
+    assert (rule["value"], rule["least_ml"]) == (0.5, 0.05)
 
 
 def test_validation_where_no_threshold_is_clean_takes_the_cleanest(val):
@@ -350,7 +368,7 @@ def test_validation_where_no_threshold_is_clean_takes_the_cleanest(val):
     rows = planted(pack, 0)
     p = np.full(pack.mask.shape, 0.01)
     p[rows, 4:12, 4:12] = 0.9995
-    p[np.setdiff1d(np.arange(len(pack)), rows), 20:22, 20:22] = 0.9999
+    p[np.setdiff1d(np.arange(len(pack)), rows), 20:30, 20:30] = 0.9999
     found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
     assert (found["dice"], found["clean"]) == (1, 0)
     assert found["thresholds"]["lesion"]["value"] == 0.5

@@ -52,6 +52,9 @@ class ToyPack:
         self.pixel_mm = np.ones(len(self.series_of))
         self.key, self.split_hash = "a pack", SPLIT
 
+    def spacing_mm(self, number: int) -> tuple[float, float, float]:
+        return tuple(self.series[number]["spacing_mm"])
+
     def __len__(self) -> int:
         return len(self.series_of)
 
