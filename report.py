@@ -1,4 +1,4 @@
-"""The report of a study: its answer, and one HTML page with every figure and table, complete in itself.
+"""The report of a study: one HTML page with its answer and every figure and table.
 
 All numbers come from the tables of tables.py; here they are chosen, put in words and laid out."""
 
@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-import comparisons
 import figures
 import gallery
 import methods
@@ -25,262 +24,17 @@ from explain import FULL_HEAT
 from figures import NAMES, Answers, Look, Volumes, dose_words, known, stratum_words
 from inference import LEGEND
 from metrics import shown
+from page import Page, paragraph, section
 from study import LEVELS, PRIMARY_LEVEL, Study
+from wording import answer, dose_of, p_value, range_of, rounded, signed, with_interval
 
 STYLE_SHEET = Path(__file__).with_suffix(".css")
-SIGNIFICANT = 0.05  # of p after Holm's correction
 FAILURES = 8  # shown: a page or two
 LISTED = 40  # rows of a long table; its file has all
 FIGURES = (  # how the names of figures begin
     *("dose_response", "strata", "non_inferiority", "image_", "noise_spectra", "roc_", "reliability"),
     *("calibration", "segmentation", "bland_altman", "stress", "external", "seed_", "failure_"),
 )
-NAMES_IN_DIGITS = ("arm", "against", "patient")  # which are no numbers
-BLANK_CELL = ' class="blank"'
-
-# ---------------------------------------------------------------- the answer
-
-
-class Standing(NamedTuple):
-    """What the verdicts of an arm say together. dose: the lowest at which all are non-inferior, NaN if none.
-    limiting: those that stopped first, on the way down; none where all were non-inferior at every dose."""
-
-    arm: str
-    denoises: bool
-    dose: float
-    limiting: list[dict]
-
-    @property
-    def failed_dose(self) -> float:
-        return self.limiting[0]["failed_dose"] if self.limiting else math.nan
-
-
-def answer(study: Study, found: dict[str, list[dict]]) -> list[str]:
-    """How far the dose can be cut and whether denoising helps: two sentences for each task and dose model."""
-    rows = [row for row in found["verdicts"] if (row["stratum"], row["level"]) == ("all", PRIMARY_LEVEL)]
-    lines = []
-    for task, model in dict.fromkeys((row["task"], row["dose_model"]) for row in rows):
-        own = [row for row in rows if (row["task"], row["dose_model"]) == (task, model)]
-        reference = next(
-            row["reference"]
-            for row in found["against_reference"]
-            if (row["task"], row["dose_model"]) == (task, model)
-        )
-        lines.append(_dose_sentence(task, model, own, reference, study.design.reference(model)))
-        lines += _denoising_sentence(task, model, found["between_arms"])
-    return lines or [_image_sentence(found["image_quality"])]
-
-
-def _standings(rows: Sequence[dict]) -> list[Standing]:
-    result = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == arm]
-        stops = [row for row in own if row["how"]]
-        first = max((row["failed_dose"] for row in stops), default=math.nan)
-        dose = float(np.max([known(row["dose"]) for row in own]))  # NaN if one is
-        limiting = [row for row in stops if row["failed_dose"] == first]
-        result.append(Standing(arm, _denoises(own[0]), dose, limiting))
-    return result
-
-
-def _denoises(row: dict) -> bool:
-    return row["denoiser"] is not None or row["pipeline"] == "2j"
-
-
-def _dose_sentence(task: str, model: str, rows: Sequence[dict], reference: str, reference_dose: float) -> str:
-    standings = _standings(rows)
-    first = next(one for one in standings if one.arm == reference)
-    others = [one for one in standings if one is not first]
-    who = f"arm {first.arm} ({'with' if first.denoises else 'no'} denoising)"
-    ends = [_clause(who, first, model, reference_dose)]
-    denoising = [one for one in others if one.denoises]
-    if denoising:
-        best = min(denoising, key=_rank)
-        choice = f"the best of {len(denoising)} " if len(denoising) > 1 else ""
-        ends.append(_clause(f"arm {best.arm} ({choice}with denoising)", best, model, reference_dose))
-    margins = {row["kind"]: row["margin"] for row in rows}
-    allowed = ", ".join(f"{NAMES[kind]} {margin:g}" for kind, margin in margins.items())
-    return f"{task.capitalize()}, per scan ({model}; margins: {allowed}): {'; '.join(ends)}."
-
-
-def _rank(standing: Standing) -> tuple[float, float]:
-    """Less is better: the lowest dose shown, then how far down it came."""
-    unshown = math.inf if math.isnan(standing.dose) else standing.dose
-    return unshown, -math.inf if math.isnan(standing.failed_dose) else standing.failed_dose
-
-
-def _clause(who: str, standing: Standing, model: str, reference_dose: float) -> str:
-    if not standing.limiting:
-        if standing.dose == reference_dose:
-            return f"{who} was read at one dose only, so no cut was tried"
-        return f"{who} was non-inferior down to {dose_words(model, standing.dose)}, the lowest dose tried"
-    reasons = " and ".join(_reasons(standing.limiting))
-    at = dose_words(model, standing.failed_dose)
-    if math.isnan(standing.dose):
-        return f"for {who} no dose was shown to be non-inferior: at {at} {reasons}"
-    if standing.dose == reference_dose:
-        return f"for {who} no cut of the dose was shown to be non-inferior: at {at} {reasons}"
-    return f"{who} was non-inferior down to {dose_words(model, standing.dose)}; at {at} {reasons}"
-
-
-def _reasons(rows: Sequence[dict]) -> list[str]:
-    """Why verdicts stopped; of what is inconclusive with the power of what takes most patients."""
-    found = []
-    for how in ("inferior", "inconclusive", "unknown"):
-        own = [row for row in rows if row["how"] == how]
-        if not own:
-            continue
-        names = " and ".join(NAMES[row["kind"]] for row in own)
-        text = f"its {names} {'is' if len(own) == 1 else 'are'} {how}"
-        if how == "inferior":
-            text += f" ({', '.join(_signed(row['failed_estimate']) for row in own)})"
-        if how == "inconclusive":
-            worst = max(own, key=lambda row: np.nan_to_num(row["patients_needed"]))
-            about = f"for the {NAMES[worst['kind']]} " if len(own) > 1 else ""
-            text += f" ({about}{worst['patients']} patients give a power of {shown(worst['power'], 2)}"
-            if worst["power"] < comparisons.POWER:
-                text += f", and {100 * comparisons.POWER:g} % would take {shown(worst['patients_needed'], 0)}"
-            text += ")"
-        found.append(text)
-    return found
-
-
-def _denoising_sentence(task: str, model: str, rows: Sequence[dict]) -> list[str]:
-    own = [
-        row for row in rows if (row["task"], row["dose_model"], row["level"]) == (task, model, PRIMARY_LEVEL)
-    ]
-    own = [row for row in own if _denoises(row)]
-    if not own:
-        return []
-    parts = []
-    for arm in dict.fromkeys(row["arm"] for row in own):
-        mine = [row for row in own if row["arm"] == arm]
-        changes = [
-            f"{NAMES[row['kind']]} {'higher' if row['estimate'] > 0 else 'lower'} at "
-            f"{dose_words(model, row['dose'])} ({_signed(row['estimate'])})"
-            for row in mine
-            if row["p_holm"] < SIGNIFICANT
-        ]
-        rest = "no other difference was shown" if changes else "no difference was shown at any dose"
-        parts.append(f"arm {arm} against arm {mine[0]['against']}: {', '.join([*changes, rest])}")
-    return [f"Does denoising help? {task.capitalize()}, {'; '.join(parts)} (Holm, p < {SIGNIFICANT:g})."]
-
-
-def _image_sentence(rows: Sequence[dict]) -> str:
-    model = rows[0]["dose_model"]
-    lowest = min(row["dose"] for row in rows if row["dose_model"] == model)
-    own = [row for row in rows if (row["dose_model"], row["dose"]) == (model, lowest)]
-    errors = {figures.image_words(row): f"{shown(row['rmse_hu'], 1)} HU" for row in reversed(own)}
-    words = ", ".join(f"{error} for {name}" for name, error in reversed(errors.items()))
-    return (
-        "No classifier was tried, so this study says nothing of what can be read: "
-        f"at {dose_words(model, lowest)} the error of the image is {words}."
-    )
-
-
-# ---------------------------------------------------------------- numbers in words
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    """As metrics.shown, without a sign of what is rounded to nothing."""
-    return shown(round(known(value), digits) + 0.0, digits)
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    text = _number(value, digits)
-    return f"+{text}" if known(value) > 0 and float(text) else text
-
-
-def _range(row: dict, name: str, digits: int) -> str:
-    return f"{shown(row[f'{name}_low'], digits)} to {shown(row[f'{name}_high'], digits)}"
-
-
-def _with_interval(row: dict, name: str, digits: int = 3) -> str:
-    """A number with its interval, and where there is one the SD over training seeds."""
-    if math.isnan(known(row[name])):
-        return "n/a"
-    text = f"{shown(row[name], digits)} ({_range(row, name, digits)})"
-    spread = known(row.get(f"{name}_seed_sd"))
-    return text if math.isnan(spread) else f"{text} ± {shown(spread, digits)}"
-
-
-def _p(value: float) -> str:
-    return "n/a" if math.isnan(known(value)) else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _dose(row: dict) -> str:
-    return dose_words(row["dose_model"], row["dose"])
-
-
-# ---------------------------------------------------------------- a page
-
-
-class Page:
-    """What the page holds, part after part, its figures and tables counted. folder: of the figures."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.drawn, self.tables = Path(folder), [], 0
-
-    def figure(self, name: str, figure: Any, caption: str) -> str:
-        """Write a figure and show it. caption: plain text."""
-        drawing = figures.save(self.folder, name, figure)
-        self.drawn.append(name)
-        label = f"Figure {len(self.drawn)}"
-        return (
-            f'<figure id="{escape(name)}">{inline(drawing, name, f"{label}. {caption}")}'
-            f"<figcaption><b>{label}.</b> {escape(caption)}</figcaption></figure>\n"
-        )
-
-    def table(self, caption: str, columns: dict[str, Callable[[dict], Any]], rows: Sequence[dict]) -> str:
-        """columns: heading -> what it shows of a row, plain text; what looks like a number stands right."""
-        if not rows:
-            return ""
-        self.tables += 1
-        cells = [[str(make(row)) for make in columns.values()] for row in rows]
-        kinds = [
-            ' class="n"' if name not in NAMES_IN_DIGITS and _numeric(column) else ""
-            for name, column in zip(columns, zip(*cells, strict=True), strict=True)
-        ]
-        head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
-        body = "".join(f"<tr>{''.join(map(_cell, kinds, line))}</tr>\n" for line in cells)
-        return (
-            f'<div class="scroll"><table><caption><b>Table {self.tables}.</b> {escape(caption)}</caption>'
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
-        )
-
-
-def _cell(kind: str, text: str) -> str:
-    return f"<td{BLANK_CELL if text == methods.BLANK else kind}>{escape(text)}</td>"
-
-
-def _numeric(texts: Sequence[str]) -> bool:
-    numbers = all(re.fullmatch(r"(n/a|none|to|[-+<\d.%→±() ])*", text) for text in texts)
-    return numbers and any(re.search(r"\d", text) for text in texts)
-
-
-def inline(drawing: str, name: str, words: str) -> str:
-    """An SVG file as part of a page: as wide as the page, its ink and grid the page's, its ids its own."""
-    svg = drawing[drawing.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href=", "href=")
-    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace(figures.INK, "var(--ink)").replace(figures.FAINT, "var(--faint)")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1)
-
-
-def _section(title: str, *parts: str) -> tuple[str, str]:
-    return title, "".join(parts)
-
-
-def _paragraph(text: str, kind: str = "text") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>\n'
-
-
-def _heading(text: str) -> str:
-    return f"<h3>{escape(text)}</h3>\n"
-
 
 # ---------------------------------------------------------------- the parts of the report
 
@@ -321,7 +75,7 @@ class Report:
             parts.append(
                 self.page.figure(f"dose_response{end}", figures.dose_response(rows, self.arms), caption)
             )
-        return _section("Dose and response", *parts)
+        return section("Dose and response", *parts)
 
     def dose_tables(self) -> tuple[str, str]:
         parts = [self._response_table()]
@@ -331,15 +85,15 @@ class Report:
                 "may be in one scan), with 95 % intervals over patients."
             )
             parts.append(self.page.figure(f"strata{end}", figures.strata(rows, self.arms), caption))
-        return _section("Every dose in numbers", *parts)
+        return section("Every dose in numbers", *parts)
 
     def _response_table(self) -> str:
         columns = self._about(self.found["dose_response"]) | {
             "arm": lambda row: row["arm"],
             "per": lambda row: row["level"],
-            "dose": _dose,
+            "dose": dose_of,
             "n": lambda row: row["n"],
-            **{words: lambda row, kind=kind: _with_interval(row, kind) for kind, words in NAMES.items()},
+            **{words: lambda row, kind=kind: with_interval(row, kind) for kind, words in NAMES.items()},
             "position": lambda row: shown(row["auc_null"], 2),
         }
         caption = (
@@ -370,7 +124,7 @@ class Report:
             )
             drawn = figures.non_inferiority(rows, self.arms)
             parts.append(self.page.figure(f"non_inferiority{end}", drawn, caption))
-        return _section("Non-inferiority", *parts, self._verdicts(), self._strata_verdicts(), self._between())
+        return section("Non-inferiority", *parts, self._verdicts(), self._strata_verdicts(), self._between())
 
     def _verdicts(self) -> str:
         rows = [row for row in self.found["verdicts"] if row["stratum"] == "all"]
@@ -380,11 +134,11 @@ class Report:
             "per": lambda row: row["level"],
             "number": lambda row: NAMES[row["kind"]],
             "margin": lambda row: f"{row['margin']:g}",
-            "non-inferior down to": _dose,
+            "non-inferior down to": dose_of,
             "stopped at": lambda row: dose_words(row["dose_model"], row["failed_dose"]),
             "shown there": lambda row: row["how"] or "",
             "difference there": lambda row: (
-                f"{shown(row['failed_estimate'])} ({_range(row, 'failed', 3)})" if row["how"] else ""
+                f"{shown(row['failed_estimate'])} ({range_of(row, 'failed', 3)})" if row["how"] else ""
             ),
             "power": lambda row: shown(row["power"], 2) if row["how"] else "",
             "patients": lambda row: row["patients"] if row["how"] else "",
@@ -415,7 +169,7 @@ class Report:
             stop = (
                 f"; {own['how']} at {dose_words(own['dose_model'], own['failed_dose'])}" if own["how"] else ""
             )
-            return f"{_dose(own)}{stop}"
+            return f"{dose_of(own)}{stop}"
 
         columns = self._about(list(cells.values())) | {
             "lesion": lambda row: stratum_words(row["stratum"]),
@@ -433,14 +187,14 @@ class Report:
         columns = self._about(rows) | {
             "arm": lambda row: row["arm"],
             "against": lambda row: row["against"],
-            "dose": _dose,
+            "dose": dose_of,
             "number": lambda row: NAMES[row["kind"]],
             "difference": lambda row: (
-                f"{_signed(row['estimate'], 3)} ({shown(row['low'])} to {shown(row['high'])})"
+                f"{signed(row['estimate'], 3)} ({shown(row['low'])} to {shown(row['high'])})"
             ),
             "SD over seeds": lambda row: shown(row["seed_sd"]),
-            "p": lambda row: _p(row["p"]),
-            "p (Holm)": lambda row: _p(row["p_holm"]),
+            "p": lambda row: p_value(row["p"]),
+            "p (Holm)": lambda row: p_value(row["p_holm"]),
         }
         caption = (
             "Does denoising, or training on it, help? Difference per scan between arms at the same dose, on "
@@ -472,7 +226,7 @@ class Report:
             caption = f"{about}Noise power by frequency: the height is the strength, the shape the grain."
             drawn = figures.noise_spectra(rows, self.images)
             parts.append(self.page.figure(f"noise_spectra{end}", drawn, caption))
-        return _section("Image quality", *parts, self._image_tables())
+        return section("Image quality", *parts, self._image_tables())
 
     def _image_tables(self) -> str:
         rows = self.found["image_quality"]
@@ -481,7 +235,7 @@ class Report:
         seeds = {row["noise_seed"] for row in rows}
         about = {key: make for key, make in self._about(rows).items() if key != "task"} | {
             "images": figures.image_words,
-            "dose": _dose,
+            "dose": dose_of,
             **({"noise seed": lambda row: row["noise_seed"]} if len(seeds) > 1 else {}),
         }
         low, high = metrics.RANGE_HU
@@ -509,7 +263,7 @@ class Report:
         )
 
         def columns(names: dict[str, str]) -> dict[str, Callable[[dict], str]]:
-            return {words: lambda row, name=name: _number(row[name]) for words, name in names.items()}
+            return {words: lambda row, name=name: rounded(row[name]) for words, name in names.items()}
 
         return "".join(self.page.table(caption, about | columns(names), rows) for names, caption in captions)
 
@@ -532,7 +286,7 @@ class Report:
                 "predictive values at the stated prevalence, with 95 % intervals over patients."
             )
             parts.append(self.page.figure(f"calibration{end}", figures.calibration(rows, self.arms), caption))
-        return _section("Probabilities and decisions", *parts, self._calibration_table())
+        return section("Probabilities and decisions", *parts, self._calibration_table())
 
     def _answers(self, task: str, model: str, level: str) -> list[Answers]:
         result = []
@@ -558,14 +312,14 @@ class Report:
 
         columns = self._about(rows) | {
             "arm": lambda row: row["arm"],
-            "dose": _dose,
+            "dose": dose_of,
             "ECE": lambda row: shown(row["ece"]),
             "Brier": lambda row: shown(row["brier"]),
             "threshold": pair("threshold", 3),
             "sensitivity": pair("sens"),
             "specificity": pair("spec"),
-            "PPV": lambda row: _with_interval(row, "ppv", 2),
-            "NPV": lambda row: _with_interval(row, "npv", 2),
+            "PPV": lambda row: with_interval(row, "ppv", 2),
+            "NPV": lambda row: with_interval(row, "npv", 2),
         }
         caption = (
             "Calibration and decisions per scan. Arrows: from the stored threshold, chosen on validation, "
@@ -597,12 +351,12 @@ class Report:
         columns = self._about(self.found["segmentation"]) | {
             "segmenter": lambda row: row["segmenter"],
             "denoiser": lambda row: row["denoiser"],
-            "dose": _dose,
+            "dose": dose_of,
             "scans": lambda row: row["n_cases"],
-            "Dice": lambda row: _with_interval(row, "dice", 2),
-            "gain by denoising": lambda row: _with_interval(row, "dice_gain", 2),
-            "lesions found": lambda row: _with_interval(row, "any_recall", 2),
-            "precision": lambda row: _with_interval(row, "any_precision", 2),
+            "Dice": lambda row: with_interval(row, "dice", 2),
+            "gain by denoising": lambda row: with_interval(row, "dice_gain", 2),
+            "lesions found": lambda row: with_interval(row, "any_recall", 2),
+            "precision": lambda row: with_interval(row, "any_precision", 2),
             "false volume, ml": lambda row: shown(row["false_positive_ml"], 2),
             "bias, ml": lambda row: shown(row["volume_error_ml"], 1),
             "limits, ml": lambda row: (
@@ -610,7 +364,7 @@ class Report:
             ),
         }
         caption = "Lesions outlined, with 95 % intervals over patients. tables/segmentation.csv"
-        return _section("Segmentation", *parts, self.page.table(caption, columns, self.found["segmentation"]))
+        return section("Segmentation", *parts, self.page.table(caption, columns, self.found["segmentation"]))
 
     def _volumes(self, rows: Sequence[dict]) -> list[Volumes]:
         """Of the highest and the lowest dose."""
@@ -631,7 +385,7 @@ class Report:
                     np.array([own[f"{n}_ml"] for own in reports]) for n in ("truth", "predicted")
                 )
                 words = "noisy input" if denoiser == "none" else denoiser.removesuffix(".pt")
-                panel = f"{one.segmenter.path.stem}, {words}, {_dose(row)}"
+                panel = f"{one.segmenter.path.stem}, {words}, {dose_of(row)}"
                 agreement = (row["volume_error_ml"], row["limit_lower_ml"], row["limit_upper_ml"])
                 result.append(Volumes(panel, denoiser, truth, predicted, *agreement))
         return result
@@ -640,7 +394,7 @@ class Report:
         parts = []
         for end, about, rows in self.groups("stress", level=PRIMARY_LEVEL):
             caption = (
-                f"{about}Stress test at {_dose(rows[0])}: what an artifact of growing severity changes per "
+                f"{about}Stress test at {dose_of(rows[0])}: what an artifact of growing severity changes per "
                 "scan, against the same scans without it, with 95 % intervals over patients."
             )
             parts.append(self.page.figure(f"stress{end}", figures.stress(rows, self.arms), caption))
@@ -653,14 +407,14 @@ class Report:
             "without": lambda row: shown(row["b"]),
             "with": lambda row: shown(row["a"]),
             "change": lambda row: (
-                f"{_signed(row['estimate'], 3)} ({shown(row['low'])} to {shown(row['high'])})"
+                f"{signed(row['estimate'], 3)} ({shown(row['low'])} to {shown(row['high'])})"
             ),
         }
         caption = (
             f"Robustness at the largest severity tried ({worst:.3g}), per scan. tables/stress.csv has all"
         )
         table = self.page.table(caption, columns, [row for row in rows if row["severity"] == worst])
-        return _section("Stress test", *parts, table)
+        return section("Stress test", *parts, table)
 
     def external(self) -> tuple[str, str]:
         rows = self.found.get("external", [])
@@ -688,11 +442,11 @@ class Report:
             "data": lambda row: names[row["data"]],
             "home": lambda row: names.get(row["home"], "not among them"),
             "scans": lambda row: row["n_scans"],
-            "AUC": lambda row: _with_interval(row, "auc"),
-            "drop": lambda row: _with_interval(row, "drop"),
+            "AUC": lambda row: with_interval(row, "auc"),
+            "drop": lambda row: with_interval(row, "drop"),
         }
         caption = "Each classifier on each set, with 95 % intervals (DeLong). tables/external.csv"
-        return _section("Other test sets", *parts, self.page.table(caption, columns, rows))
+        return section("Other test sets", *parts, self.page.table(caption, columns, rows))
 
     def seeds(self) -> tuple[str, str]:
         networks = [
@@ -715,12 +469,12 @@ class Report:
             "classifier": lambda row: row["classifier"],
             "training seed": lambda row: row["seed"],
             "noise seed": lambda row: row["noise_seed"],
-            "dose": _dose,
+            "dose": dose_of,
             **{words: lambda row, name=name: shown(row[name]) for name, words in figures.SCORES.items()},
         }
         more = f"; the first {LISTED} of {len(networks)}" if len(networks) > LISTED else ""
         caption = f"Every network per scan{more}. tables/seeds.csv has all, per slice too"
-        return _section("Training seeds", *parts, self.page.table(caption, columns, networks[:LISTED]))
+        return section("Training seeds", *parts, self.page.table(caption, columns, networks[:LISTED]))
 
     def _label(self, row: dict) -> str:
         before = None if row["denoiser"] is None else family_name(Path(row["denoiser"]))
@@ -750,13 +504,13 @@ class Report:
         )
         columns = self._about(rows) | {
             "arm": lambda row: row["arm"],
-            "dose": _dose,
+            "dose": dose_of,
             "change": lambda row: row["change"],
             "patient": lambda row: row["patient"],
             "finding": lambda row: gallery.finding(self.study.pack.series[row["row"]]["labels"]),
             "at the highest dose": lambda row: shown(row["score_reference"]),
             "here": lambda row: shown(row["score"]),
-            "p (McNemar)": lambda row: _p(row["mcnemar_p"]),
+            "p (McNemar)": lambda row: p_value(row["mcnemar_p"]),
         }
         more = f"; the first {LISTED} of {len(rows)}" if len(rows) > LISTED else ""
         caption = (
@@ -764,7 +518,7 @@ class Report:
             f"(gained), largest change first{more}. Scores: means over networks. tables/flips.csv"
         )
         table = self.page.table(caption, columns, rows[:LISTED])
-        return _section("Scans that flip", _paragraph(legend, "note") if parts else "", *parts, table)
+        return section("Scans that flip", paragraph(legend, "note") if parts else "", *parts, table)
 
     def _told(self, row: dict) -> str:
         model = row["dose_model"]
@@ -773,7 +527,7 @@ class Report:
         return (
             f"Patient {row['patient']}, {gallery.finding(self.study.pack.series[row['row']]['labels'])}; arm "
             f"{row['arm']}: {change}. Score {shown(row['score_reference'])} at {reference}, "
-            f"{shown(row['score'])} at {_dose(row)}."
+            f"{shown(row['score'])} at {dose_of(row)}."
         )
 
 
@@ -808,7 +562,7 @@ def _methods(page: Page, study: Study, manifest: dict) -> tuple[str, str]:
     parts.append(
         page.table("The networks; all settings are in their model cards.", columns, study.networks.trained)
     )
-    return _section("Methods", *parts)
+    return section("Methods", *parts)
 
 
 def _checklist(page: Page, study: Study, manifest: dict, found: dict[str, list[dict]]) -> tuple[str, str]:
@@ -822,7 +576,7 @@ def _checklist(page: Page, study: Study, manifest: dict, found: dict[str, list[d
         "guidelines themselves, which have more items and exact wording."
     )
     items = methods.checklist(study, manifest, found)
-    return _section("Checklist for a paper", page.table(caption, columns, items))
+    return section("Checklist for a paper", page.table(caption, columns, items))
 
 
 # ---------------------------------------------------------------- the whole
@@ -861,12 +615,12 @@ def write(out: Path, study: Study, manifest: dict, found: dict[str, list[dict]])
     )
     title = "How far can the dose be cut?"
     about = f"Test split of {manifest['data']}: {methods.counts(manifest)}"
-    answers = "".join(map(_paragraph, answer(study, found)))
-    warnings = _paragraph(methods.NOTICE, "note") + (
-        _paragraph(methods.PHANTOM, "note") if "phantom" in methods.sources(study) else ""
+    answers = "".join(map(paragraph, answer(study, found)))
+    warnings = paragraph(methods.NOTICE, "note") + (
+        paragraph(methods.PHANTOM, "note") if "phantom" in methods.sources(study) else ""
     )
     legend = "".join(
-        _paragraph(f"Arm {label}: {LEGEND[family.name].replace('->', '→')}.", "note")
+        paragraph(f"Arm {label}: {LEGEND[family.name].replace('->', '→')}.", "note")
         for family, label in study.labels.items()
     )
     style = STYLE_SHEET.read_text(encoding="utf-8")
@@ -875,7 +629,7 @@ def write(out: Path, study: Study, manifest: dict, found: dict[str, list[dict]])
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{title}</title>\n<style>\n{style}</style></head>\n<body>\n<h1>{title}</h1>\n"
-            f'{_paragraph(about, "about")}<div class="answer">{answers}</div>\n{legend}{warnings}'
+            f'{paragraph(about, "about")}<div class="answer">{answers}</div>\n{legend}{warnings}'
             f"<nav>{links}</nav>\n{body}</body></html>\n"
         )
     for path in folder.glob("*.*"):

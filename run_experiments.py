@@ -32,6 +32,7 @@ import runs
 import stage
 import tables
 import training
+import wording
 from arms import Networks, agree, is_classical, load_networks, plan_arms, plan_outlines
 from artifacts import ARTIFACTS, SEVERITIES, check_severity
 from cells import Cells
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
             "versions": checkpoints.versions(),
             "command": " ".join(["run_experiments.py", *(sys.argv[1:] if argv is None else map(str, argv))]),
             "left_out": left_out,
-            "answer": report.answer(study, found),
+            "answer": wording.answer(study, found),
         }
         files = report.write(args.out, study, manifest, found)
         rows = found.pop("experiments")

@@ -52,8 +52,8 @@ ENCODER = "efficientnet-b4"  # of the earlier system
 # Of the slices of an epoch: as many that teach what a lesion is as slices that teach what none is
 FOREGROUND_SHARE = 0.5
 # Among which validation chooses, both together: a probability, and the least volume that is called a lesion
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-LEAST_ML = (0.0, 0.05, 0.1, 0.2, 0.4)  # the smallest bleeds that readers measure are some tenths of a ml
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+LEAST_ML = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # the smallest bleeds that readers measure are tenths of a ml
 CLEAN_SHARE = 0.95  # of normal scans without a lesion voxel: an outline in each would be read by nobody
 THRESHOLD = 0.5  # where it cannot
 SAMPLES = 4  # pictures of an epoch

@@ -59,8 +59,9 @@ def no_report(monkeypatch):
     """A study writes its tables without the report about them, from 50 draws of every bootstrap."""
     import intervals
     import report  # with figures and torch it takes seconds
+    import wording
 
     whole = intervals.patient_draws
     monkeypatch.setattr(intervals, "patient_draws", lambda count, seed, _: whole(count, seed, 50))
     monkeypatch.setattr(report, "write", lambda *_: [])
-    monkeypatch.setattr(report, "answer", lambda *_: ["the answer"])
+    monkeypatch.setattr(wording, "answer", lambda *_: ["the answer"])

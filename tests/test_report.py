@@ -14,6 +14,8 @@ import gallery
 import methods
 import report
 import run_experiments
+import wording
+from page import Page, inline
 from segmenters import SEGMENTERS
 from tests.toy_models import BrightSegmenter, write_models
 from tests.toy_study import toy_design
@@ -43,7 +45,7 @@ DENOISED = {"arm": "2", "pipeline": "2", "denoiser": "denoiser"}
 def sentences(rows, between=()):
     reference = {"task": "stroke", "dose_model": "projection", "reference": "1"}
     found = {"verdicts": rows, "against_reference": [reference], "between_arms": list(between)}
-    return report.answer(STUDY, found)
+    return wording.answer(STUDY, found)
 
 
 def test_answer_of_doses_that_all_pass_names_the_lowest():
@@ -113,7 +115,7 @@ def test_answer_without_classifiers_is_about_images_alone():
         for dose, name, error in ((1.0, "none", 4.0), (0.1, "none", 12.0), (0.1, "denoiser.pt", 5.0))
     ]
     found = {"verdicts": [], "against_reference": [], "between_arms": [], "image_quality": rows}
-    (line,) = report.answer(STUDY, found)
+    (line,) = wording.answer(STUDY, found)
     assert "No classifier" in line and "at 10 %" in line
     assert "12.0 HU for noisy input, 5.0 HU for denoiser" in line
 
@@ -122,8 +124,8 @@ def test_answer_without_classifiers_is_about_images_alone():
 
 
 def test_table_escapes_names_and_shows_what_is_unknown(tmp_path):
-    page = report.Page(tmp_path)
-    columns = {"arm": lambda row: row["arm"], "AUC": lambda row: report._with_interval(row, "auc")}
+    page = Page(tmp_path)
+    columns = {"arm": lambda row: row["arm"], "AUC": lambda row: wording.with_interval(row, "auc")}
     rows = [
         {"arm": "<script>", "auc": NAN, "auc_low": NAN, "auc_high": NAN},
         {"arm": "1", "auc": 0.5, "auc_low": 0.4, "auc_high": 0.6, "auc_seed_sd": 0.01},
@@ -136,9 +138,9 @@ def test_table_escapes_names_and_shows_what_is_unknown(tmp_path):
 
 
 def test_small_numbers_have_no_sign_of_nothing():
-    assert report._number(-0.001) == "0.00" and report._signed(-0.001) == "0.00"
-    assert report._signed(0.2) == "+0.20" and report._signed(-0.2) == "-0.20" and report._signed(NAN) == "n/a"
-    assert [report._p(p) for p in (0.0001, 0.04, NAN, None)] == ["< 0.001", "0.040", "n/a", "n/a"]
+    assert wording.rounded(-0.001) == "0.00" and wording.signed(-0.001) == "0.00"
+    assert wording.signed(0.2) == "+0.20" and wording.signed(-0.2) == "-0.20" and wording.signed(NAN) == "n/a"
+    assert [wording.p_value(p) for p in (0.0001, 0.04, NAN, None)] == ["< 0.001", "0.040", "n/a", "n/a"]
 
 
 def test_inline_drawing_takes_the_colours_of_the_page_and_ids_of_its_own(tmp_path):
@@ -147,7 +149,7 @@ def test_inline_drawing_takes_the_colours_of_the_page_and_ids_of_its_own(tmp_pat
     drawn = figures.save(
         tmp_path, "seed_bars", figures.seed_bars([row | dict.fromkeys(figures.NAMES, 0.5)], looks)
     )
-    svg = report.inline(drawn, "seed_bars", 'say "no" & go')
+    svg = inline(drawn, "seed_bars", 'say "no" & go')
     assert svg.startswith('<svg role="img" aria-label="say &quot;no&quot; &amp; go"')
     assert figures.INK not in svg and "var(--ink)" in svg
     ids = re.findall(r' id="([^"]*)"', svg)
