@@ -6,6 +6,7 @@ killed study goes on where it stopped, and one more arm costs its own cells alon
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
 import anatomy
 import checkpoints
@@ -28,7 +28,6 @@ from dataset import Pack, to_tensor
 from inference import Network, denoise, read
 from lesion_reading import outline_lesions
 from low_dose import LowDose
-from runs import World
 
 CELL_FORMAT = 1  # one more whenever the same inputs give other values
 OBSERVED_SLICES = 2  # of a scan, in which an observer looks for signals
@@ -142,31 +141,41 @@ class Cells:
 
     # ------------------------------------------------------------ what is to be done
 
-    def fill(self, cells: Sequence[Cell], place: World) -> None:
-        """Work out what is missing, images by images; of several processes each takes its share of them."""
-        missing = [cell for cell in cells if not self.done(cell)]
-        if place.size > 1:
-            dist.barrier()  # before the first cell is written: all must deal out the same ones
-        groups: dict[tuple, list[Cell]] = {}
-        for cell in missing:
-            groups.setdefault((cell.condition, cell.patients, self.identity(cell.denoiser)), []).append(cell)
-        mine = [own for number, own in enumerate(groups.values()) if number % place.size == place.rank]
-        noisy: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
-        with stage.progress([], desc="cells", total=sum(map(len, mine)), unit="cell") as bar:
-            for own in mine:
-                condition, denoiser, patients = own[0].condition, own[0].denoiser, own[0].patients
-                bar.set_postfix_str(condition.title)
-                rows = self.rows(patients)
-                if (condition, patients) not in noisy:
-                    noisy = {(condition, patients): self.images(condition, rows)}  # the last ones only
-                low, levels = noisy[condition, patients]
-                images = low
-                if denoiser is not None:
-                    images = denoise(denoiser.network, low, levels, self.pack.series_of[rows])
-                for cell in own:
-                    found = READINGS[cell.kind](self, cell, Seen(rows, images, low, levels))
-                    stage.write_json(self.path(cell), found)
-                    bar.update()
+    def fill(self, cells: Sequence[Cell]) -> None:
+        """Work out what is missing. Of several processes each takes the images that no other has taken.
+
+        Some cells may then be another process's, and not yet there."""
+        shared: dict[tuple, list[Cell]] = {}  # those that begin with the same low dose
+        for cell in cells:
+            shared.setdefault((cell.condition, cell.patients), []).append(cell)
+        missing = sum(not self.done(cell) for cell in cells)
+        with stage.progress([], desc="cells", total=missing, unit="cell") as bar:
+            for (condition, patients), own in reversed(shared.items()):  # low doses first: they take longest
+                lock = self.folder / "taken" / f"{self.path(own[0]).stem}.lock"
+                with contextlib.suppress(stage.LockedError), stage.lock(lock):
+                    own = [cell for cell in own if not self.done(cell)]
+                    if own:
+                        bar.set_postfix_str(condition.title)
+                        self._fill(condition, patients, own, bar)
+
+    def _fill(self, condition: Condition, patients: int | None, cells: Sequence[Cell], bar: Any) -> None:
+        """The cells of one low dose, denoiser by denoiser."""
+        for path in map(self.path, cells):
+            for stale in path.parent.glob(f".{path.name}.tmp.*"):  # of a run that was killed
+                stale.unlink()
+        rows = self.rows(patients)
+        low, levels = self.images(condition, rows)
+        behind: dict[str | None, list[Cell]] = {}
+        for cell in cells:
+            behind.setdefault(self.identity(cell.denoiser), []).append(cell)
+        for own in behind.values():
+            denoiser, images = own[0].denoiser, low
+            if denoiser is not None:
+                images = denoise(denoiser.network, low, levels, self.pack.series_of[rows])
+            for cell in own:
+                found = READINGS[cell.kind](self, cell, Seen(rows, images, low, levels))
+                stage.write_json(self.path(cell), found)
+                bar.update()
 
     def images(self, condition: Condition, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Low dose of some rows, (N, H, W) float32 HU, and the noise SD that networks are told, (N,)."""

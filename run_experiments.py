@@ -280,9 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     place = runs.world(device)
     with stage.lock(args.out / (".lock" if place.rank == 0 else f".lock{place.rank}")):
         study, *others = sets.values()
-        study.cells.fill(study.grid(), place)
+        study.cells.fill(study.grid())
         for other in others:
-            other.cells.fill(other.external_grid(), place)
+            other.cells.fill(other.external_grid())
         if place.size > 1:
             dist.barrier()
             if place.rank:

@@ -49,6 +49,13 @@ class InputError(StageError, ValueError):
         super().__init__(message, EXIT_USAGE)
 
 
+class LockedError(StageError):
+    """Another run is at work on the same files."""
+
+    def __init__(self, message: str):
+        super().__init__(message, EXIT_LOCKED)
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -295,7 +302,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold path as a lock file; wait for another run that has it, or raise StageError (exit 4) naming it.
+    """Hold path as a lock file; wait for another run that has it, or raise LockedError naming it.
 
     The kernel frees it when its holder dies, so there are no stale locks."""
     path = Path(path)
@@ -306,7 +313,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise StageError(f"{path.parent}: in use by {holder} (wait, or stop it)", EXIT_LOCKED) from None
+            raise LockedError(f"{path.parent}: in use by {holder} (wait, or stop it)") from None
         file.truncate(0)
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         file.write(f"{Path(sys.argv[0]).name}, pid {os.getpid()} on {socket.gethostname()} since {started}")

@@ -26,11 +26,9 @@ from denoised import load
 from inference import denoise, read, segment
 from low_dose import LowDose
 from metrics import IMAGE_METRICS
-from runs import World
 from tests.toy_models import SIZE, bright, write_models  # noqa: F401 a fixture
 from tests.toy_study import change, prepare_toy
 
-ALONE = World()
 FULL, LOW = Condition("calibrated", 40.0, 1), Condition("calibrated", 10.0, 1)
 
 
@@ -144,7 +142,7 @@ def test_mask_decides_image_quality_and_nothing_else(pack, networks, tmp_path):
         assert (one.path(cell) == two.path(cell)) == (kind != "quality")
     np.testing.assert_array_equal(one.places(np.arange(len(pack)))[1], two.places(np.arange(len(pack)))[1])
     for cells in (one, two):
-        cells.fill([Cell(LOW, None, "quality")], ALONE)
+        cells.fill([Cell(LOW, None, "quality")])
     first, second = (cells.load(Cell(LOW, None, "quality")) for cells in (one, two))
     assert all(first["means"][name] != second["means"][name] for name in IMAGE_METRICS)
     assert (first["patients"], first["spectrum"]) == (second["patients"], second["spectrum"])
@@ -155,11 +153,11 @@ def test_mask_decides_image_quality_and_nothing_else(pack, networks, tmp_path):
 
 def test_finished_cells_are_never_worked_out_again(cells, networks, asked):
     grid = some(networks)
-    cells.fill(grid[:5], ALONE)
+    cells.fill(grid[:5])
     assert asked == grid[:5]
-    cells.fill(grid, ALONE)
+    cells.fill(grid)
     assert sorted(asked, key=grid.index) == grid
-    cells.fill(grid, ALONE)
+    cells.fill(grid)
     assert len(asked) == len(grid)
     assert all(map(cells.done, grid))
 
@@ -172,12 +170,13 @@ def test_cell_that_fails_leaves_the_finished_ones_and_no_half(cells, networks, a
     monkeypatch.setitem(module.READINGS, "segmenter", broken)
     grid = some(networks)
     with pytest.raises(OSError, match="no more"):
-        cells.fill(grid, ALONE)
+        cells.fill(grid)
     done = [cell for cell in grid if cells.done(cell)]
-    assert done == asked == grid[:2]
-    assert len([path for path in cells.folder.rglob("*") if path.is_file()]) == len(done)
+    low = [cell for cell in grid if cell.condition == LOW]
+    assert done == asked == low[:2]
+    assert len(list(cells.folder.glob("*/*.json*"))) == len(done)
     monkeypatch.setitem(module.READINGS, "segmenter", whole)
-    cells.fill(grid, ALONE)
+    cells.fill(grid)
     assert sorted(asked, key=grid.index) == grid
 
 
@@ -185,13 +184,13 @@ def test_one_more_noise_is_made_once_for_all_images_of_a_condition(cells, networ
     made = []
     whole = cells.images
     monkeypatch.setattr(cells, "images", lambda *wanted: made.append(wanted[0]) or whole(*wanted))
-    cells.fill(some(networks), ALONE)
-    assert made == [FULL, LOW]
+    cells.fill(some(networks))
+    assert made == [LOW, FULL]  # what takes longest first
 
 
 def test_damaged_cell_is_named_with_the_remedy(cells, networks):
     cell = some(networks)[1]
-    cells.fill([cell], ALONE)
+    cells.fill([cell])
     path = cells.path(cell)
     path.write_text(path.read_text()[:50])
     with pytest.raises(stage.InputError, match=rf"{path.name}: damaged JSON.*delete it and run"):
@@ -204,7 +203,7 @@ def test_damaged_cell_is_named_with_the_remedy(cells, networks):
 def test_cells_come_out_the_same_twice(pack, networks, tmp_path):
     grid = some(networks)
     for name, order in (("one", grid), ("two", grid[::-1])):
-        Cells(tmp_path / name, pack, "brain", 3).fill(order, ALONE)
+        Cells(tmp_path / name, pack, "brain", 3).fill(order)
     files = [
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.json")}
         for name in ("one", "two")
@@ -214,28 +213,38 @@ def test_cells_come_out_the_same_twice(pack, networks, tmp_path):
         json.loads(content, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
-def test_processes_deal_out_the_same_cells_though_one_is_faster(cells, networks, asked, monkeypatch):
+def test_processes_share_the_cells_and_none_is_worked_out_twice(cells, networks, asked, monkeypatch):
+    """A second process fills while the first is at work on the images that it took: it takes the others."""
     grid = some(networks)
-    calls = []
+    images, nested = cells.images, []
 
-    def barrier():
-        """The second process lists what is missing, and is done before the first one begins."""
-        calls.append(1)
-        if len(calls) == 1:
-            cells.fill(grid, World(1, 2))
+    def meanwhile(condition, rows):
+        if not nested:
+            nested.append(condition)
+            cells.fill(grid)
+            assert asked and all(cell.condition != condition for cell in asked)
+        return images(condition, rows)
 
-    monkeypatch.setattr(module.dist, "barrier", barrier)
-    cells.fill(grid, World(0, 2))
-    assert len(calls) == 2
-    assert sorted(asked, key=grid.index) == grid
+    monkeypatch.setattr(cells, "images", meanwhile)
+    cells.fill(grid)
+    assert nested and sorted(asked, key=grid.index) == grid
+
+
+def test_what_a_killed_run_left_half_written_goes(cells, networks):
+    cell = some(networks)[0]
+    stale = cells.path(cell).with_name(f".{cells.path(cell).name}.tmp.99999")
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{")
+    cells.fill([cell])
+    assert cells.done(cell) and not stale.exists()
 
 
 def test_network_that_says_nan_is_named(cells, networks):
     (reader,) = networks.classifiers
     reader.network.fc.bias.data.fill_(math.nan)
     with pytest.raises(stage.InputError, match=r"classifier\.pt: says NaN of calibrated 10"):
-        cells.fill([Cell(LOW, None, "classifier", reader)], ALONE)
-    assert not cells.folder.exists()
+        cells.fill([Cell(LOW, None, "classifier", reader)])
+    assert not list(cells.folder.rglob("*.json"))
 
 
 # ---------------------------------------------------------------- what is seen and said
@@ -276,7 +285,7 @@ def test_artifact_is_added_to_the_same_noise_and_alike_at_every_dose(cells, pack
 def test_readers_are_shown_the_denoised_images_and_told_the_series(cells, pack, networks):
     (reader,), (segmenter,), (own,) = networks.classifiers, networks.segmenters, networks.denoisers
     grid = [Cell(LOW, own, kind, one) for kind, one in (("classifier", reader), ("segmenter", segmenter))]
-    cells.fill(grid, ALONE)
+    cells.fill(grid)
     rows = np.arange(len(pack))
     source = LowDose(pack, "calibrated", [10.0])
     low, levels = (
@@ -326,7 +335,7 @@ def large(tmp_path_factory):
 
 def test_quality_of_the_reference_dose_keeps_contrast_and_edges(large):
     grid = [Cell(condition, None, kind) for condition in (FULL, LOW) for kind in ("quality", "observer")]
-    large.fill(grid, ALONE)
+    large.fill(grid)
     full, seen, low, seen_low = map(large.load, grid)
     figures = {name: np.array(values, float) for name, values in full["patients"].items()}
     assert len(figures["noise_sd_hu"]) == len(set(large.pack.patient_ids()))
