@@ -24,7 +24,8 @@ import metrics
 import stage
 from arms import is_classical
 from artifacts import ARTIFACTS, scan_seed
-from dataset import Pack, to_tensor
+from batches import to_tensor
+from dataset import Pack
 from inference import Network, denoise, read
 from lesion_reading import outline_lesions
 from low_dose import LowDose

@@ -14,7 +14,8 @@ from scipy import ndimage
 from torch import nn
 
 import stage
-from dataset import LABELS, Pack, neighbours
+from batches import neighbours
+from dataset import LABELS, Pack
 from explain import (
     STRIDE,
     change,

@@ -35,8 +35,9 @@ from PIL import Image
 import stage
 from array_sets import LODOPAB_FIELD_MM, LODOPAB_ROWS, MU_AIR_PER_M, MU_MAX_PER_M, MU_WATER_PER_M
 from artifacts import ARTIFACTS, check_severity, scan_seed
+from batches import to_tensor
 from checkpoints import versions
-from dataset import BRAIN_WINDOW, SPLITS, read_metadata, read_slices, read_splits, series_folders, to_tensor
+from dataset import BRAIN_WINDOW, SPLITS, read_metadata, read_slices, read_splits, series_folders
 from display import difference_rgb, radiological, to_grey
 from dose import DOSE_MODELS, LODOPAB_SCAN, SCANNERS
 from low_dose import check_doses, evaluation_seed, scan_flux

@@ -11,7 +11,8 @@ import display
 import stage
 from anatomy import LESION_CLASSES
 from arms import Family
-from dataset import BRAIN_WINDOW, TASKS, neighbours
+from batches import neighbours
+from dataset import BRAIN_WINDOW, TASKS
 from explain import grad_cam, overlay, scan_grad_cam
 from figures import Tile, dose_words
 from inference import denoise, read

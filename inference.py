@@ -22,7 +22,8 @@ from torch import nn
 import checkpoints
 import metrics
 import stage
-from dataset import TASKS, fit_to_square, is_exclusive, neighbours
+from batches import neighbours
+from dataset import TASKS, fit_to_square, is_exclusive
 from explain import grad_cam, scan_grad_cam
 from scans import READERS, read_scan
 from sequences import SequenceModel

@@ -18,7 +18,8 @@ import torch
 
 import stage
 from anatomy import brain_mask
-from dataset import Batch, Pack, neighbours, to_tensor
+from batches import Batch, neighbours, to_tensor
+from dataset import Pack
 from dose import DOSE_MODELS, NOISE_RANGE_HU, NoiseImages, add_noise, noise_images, series_flux
 
 FEWEST_STORED_COUNTS = (

@@ -13,7 +13,8 @@ from torch import nn
 import checkpoints
 import stage
 import training
-from dataset import Batch, Pack, augment, augment_mask, views
+from batches import Batch, augment, augment_mask, views
+from dataset import Pack
 from inference import denoise, load_denoiser
 from low_dose import LowDose, check_doses
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from batches import padded
 from classifiers import CLASSIFIERS, Classifier
-from dataset import padded
 from weights import freeze
 
 # Of the forget gates, at the start. With 0 a slice 16 from the end counts 0.5^16 in the final state, with 2

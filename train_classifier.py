@@ -35,20 +35,9 @@ import stage
 import training
 import two_stage
 from answers import Validation, known_targets, sampling
+from batches import Batch, ScanBatches, jitter_window, padded
 from classifiers import WINDOWS, pretrained
-from dataset import (
-    LABELS,
-    SPLITS,
-    TASKS,
-    Batch,
-    Pack,
-    ScanBatches,
-    Task,
-    jitter_window,
-    load_pack,
-    native_size,
-    padded,
-)
+from dataset import LABELS, SPLITS, TASKS, Pack, Task, load_pack, native_size
 from explain import METHODS
 from inference import Probabilities, load_classifier, read
 from losses import masked_bce_loss, masked_cross_entropy_loss, rmse_loss

@@ -36,18 +36,8 @@ import denoised
 import metrics
 import stage
 import training
-from dataset import (
-    BRAIN_WINDOW,
-    SPLITS,
-    Batch,
-    Pack,
-    crop,
-    load_pack,
-    mirror,
-    native_size,
-    neighbours,
-    to_tensor,
-)
+from batches import Batch, crop, mirror, neighbours, to_tensor
+from dataset import BRAIN_WINDOW, SPLITS, Pack, load_pack, native_size
 from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder
 from display import to_grey
 from inference import denoise, load_denoiser

@@ -38,8 +38,9 @@ import metrics
 import segmented
 import stage
 import training
+from batches import Batch, jitter_window
 from classifiers import TIMM_NETWORKS, WINDOWS, pretrained
-from dataset import BRAIN_WINDOW, SPLITS, Batch, Pack, jitter_window, load_pack, native_size
+from dataset import BRAIN_WINDOW, SPLITS, Pack, load_pack, native_size
 from display import FOUND_RGB, TRUE_RGB, paint, to_grey
 from inference import lesion_mask, lesion_probabilities, load_segmenter, segment
 from losses import SEGMENTATION_LOSSES

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_map_only
 
 import checkpoints
 import stage
-from dataset import Batch, Batches, Pack
+from batches import Batch, Batches
+from dataset import Pack
 from dose import DOSE_MODELS
 from runs import Paths, Report, World, open_run, peak_memory, world
 

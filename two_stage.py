@@ -18,7 +18,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import stage
-from dataset import Pack, neighbours
+from batches import neighbours
+from dataset import Pack
 from inference import Probabilities, probabilities
 
 SLICES_AT_ONCE = 16

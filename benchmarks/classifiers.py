@@ -32,7 +32,8 @@ import runs
 import split_dataset
 import stage
 import training
-from dataset import Batch, Batches, augment, load_pack, series_folders, task_targets
+from batches import Batch, Batches, augment
+from dataset import load_pack, series_folders, task_targets
 from losses import masked_bce_loss
 from models import build_model
 

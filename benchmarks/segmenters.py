@@ -35,7 +35,8 @@ import runs
 import split_dataset
 import stage
 import training
-from dataset import BRAIN_WINDOW, Batch, Batches, Pack, load_pack, window_hu
+from batches import Batch, Batches
+from dataset import BRAIN_WINDOW, Pack, load_pack, window_hu
 from inference import PIXELS_AT_ONCE, segment
 from losses import bce_dice_loss
 from models import build_model

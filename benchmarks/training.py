@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runs
 import stage
 import training
-from dataset import Batch, Batches
+from batches import Batch, Batches
 from losses import rmse_loss
 from models import build_model
 from phantom import generate_phantom

@@ -20,8 +20,9 @@ import split_dataset
 import stage
 from arms import load_networks
 from artifacts import ARTIFACTS, scan_seed
+from batches import to_tensor
 from cells import Cell, Cells, Condition
-from dataset import load_pack, to_tensor
+from dataset import load_pack
 from denoised import load
 from inference import denoise, read, segment
 from low_dose import LowDose

@@ -18,7 +18,8 @@ import export_low_dose
 import stage
 from array_sets import MU_AIR_PER_M, MU_MAX_PER_M, MU_WATER_PER_M, load_array
 from artifacts import ARTIFACTS, scan_seed
-from dataset import load_pack, read_metadata, read_slices, series_folders, to_tensor
+from batches import to_tensor
+from dataset import load_pack, read_metadata, read_slices, series_folders
 from dose import LODOPAB_SCAN
 from low_dose import LowDose, evaluation_seed, simulate_scan
 from scans import READERS, read_scan

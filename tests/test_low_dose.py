@@ -5,10 +5,12 @@ import pytest
 import torch
 
 import anatomy
+import batches
 import dataset
 import low_dose
 import stage
-from dataset import Batches, load_pack, mirror
+from batches import Batches, mirror
+from dataset import load_pack
 from dose import DOSE_MODELS, SIMULATED
 from low_dose import LowDose, check_doses, load_noise, simulate_scan
 from phantom import generate_phantom
@@ -91,7 +93,7 @@ def test_stored_noise_has_the_size_of_fresh_noise(pack):
     stored = LowDose(pack, "projection", DOSES, realisations=3)
     fresh = LowDose(pack, "projection", DOSES)
     rows = np.arange(12)
-    hu = dataset.to_tensor(pack.image[rows])
+    hu = batches.to_tensor(pack.image[rows])
     inside = torch.from_numpy(pack.masks(anatomy.MASKS["brain"])[rows])
     sds = {}
     for name, source in (("stored", stored), ("fresh", fresh)):
@@ -116,7 +118,7 @@ def test_stored_noise_is_read_back_within_its_step_and_made_only_once(pack, monk
         for row in (3, 4)
     ]
     scanner = DOSE_MODELS["projection"].scanner
-    hu = dataset.to_tensor(pack.image[[3, 4]])
+    hu = batches.to_tensor(pack.image[[3, 4]])
     exact = low_dose.noise_images(hu, seeds, float(pack.pixel_mm[3]), scanner, float(flux), 2)
     for name, step in low_dose.STEPS_HU.items():
         error = (getattr(first, name) - getattr(exact, name)).abs().max().item()

@@ -7,7 +7,8 @@ import torch
 import checkpoints
 import stage
 import train_denoiser
-from dataset import Batches, load_pack
+from batches import Batches
+from dataset import load_pack
 from inference import denoise, load_denoiser
 
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ import train_classifier
 import train_denoiser
 import train_segmenter
 from anatomy import LESION_CLASSES
-from dataset import Batches, load_pack, read_metadata, read_slices, series_folders, window_hu
+from batches import Batches
+from dataset import load_pack, read_metadata, read_slices, series_folders, window_hu
 from inference import load_classifier, load_denoiser, load_segmenter, segment
 from losses import SEGMENTATION_LOSSES
 from phantom import generate_phantom

@@ -21,7 +21,7 @@ import runs
 import stage
 import train_denoiser
 import training
-from dataset import Batches
+from batches import Batches
 from models import build_model
 from tests.conftest import ROOT
 
