@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -19,6 +20,7 @@ from app_data import (
     all_cases,
     arms_of,
     errors_hu,
+    families,
     find_checkpoints,
     pick_device,
     reading,
@@ -26,7 +28,7 @@ from app_data import (
 )
 from app_files import Folders, stamp
 from app_viewer import choose_dose, no_data, say_faults
-from app_words import arm_labels, dose_text, plain_text, truth_text, verdict
+from app_words import dose_text, plain_text, truth_text, verdict
 from dataset import TASKS, task_targets
 
 READ_KEY = "cases-read"  # what the networks said: (case, noise) -> columns of the table
@@ -131,16 +133,22 @@ def ask_networks(chosen: list[Case], networks: Checkpoints, study: Study, device
 
 
 def read_case(source: Source, noise: Noise, arms: list[Arm], mask: str, device: str) -> dict:
-    """Columns of one case: probability and call of each pipeline, and the error of its images."""
-    labels = arm_labels([arm.name for arm in arms], [arm.classifier.name for arm in arms])
+    """Columns of one case: probability and call of each pipeline, and the error of its images.
+
+    Of networks that differ by their seed alone the mean, and what most of them call, as in the study."""
     row: dict = {"Result": RIGHT, "Truth": None}
-    for arm, label in zip(arms, labels, strict=True):
-        facts = arm.classifier.facts
-        task = TASKS[facts["task"]]
-        score = float(task.positive(reading(source, noise, arm.classifier.file, arm.denoiser, device)[1])[0])
-        called = verdict(score, facts["thresholds"]["scan"]["value"])
+    for label, places in families(arms).items():
+        scores, calls = [], []
+        for arm in (arms[place] for place in places):
+            facts = arm.classifier.facts
+            task = TASKS[facts["task"]]
+            said = reading(source, noise, arm.classifier.file, arm.denoiser, device)[1]
+            scores.append(float(task.positive(said)[0]))
+            calls.append(verdict(scores[-1], facts["thresholds"]["scan"]["value"]))
+        # a tie is called negative, as by comparisons.flips
+        called = max(("negative", "positive", "no threshold"), key=calls.count)
         truth = task.positive(task_targets(facts["task"], [source.series.labels], facts["assume_absent"]))[0]
-        row[f"p {label}"] = score
+        row[f"p {label}"] = float(np.mean(scores))
         row[f"call {label}"] = called
         row["Truth"] = truth_text(truth)
         # one wrong pipeline is enough to make a case worth looking at

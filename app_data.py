@@ -17,7 +17,9 @@ import metrics
 import stage
 import training
 from app_files import LEVELS, Folders, Stamp, load_results, malformed, stamp
-from app_words import finding, has_lesion, quoted
+from app_words import arm_labels, finding, has_lesion, quoted
+from arms import family_name
+from batches import to_tensor
 from dataset import (
     fit_to_square,
     read_metadata,
@@ -26,8 +28,8 @@ from dataset import (
     series_folders,
     square_pixel_mm,
     task_targets,
-    to_tensor,
 )
+from detectability import Spectrum, flat_tissue, noise_power_spectrum, noise_sd
 from dose import DOSE_MODELS, SIMULATED
 from inference import (
     LEGEND,
@@ -40,8 +42,8 @@ from inference import (
     load_denoiser,
     load_segmenter,
     read,
-    segment,
 )
+from lesion_reading import outline_lesions
 from low_dose import evaluation_seed, noise_level, scan_flux
 from volumes import AIR_HU
 
@@ -51,6 +53,7 @@ SPLIT_NOTES = {
     "train": "training patients: the networks have seen them, so this says nothing about new ones",
     "unsplit": "not split yet: no network was trained with them here",
 }
+BRAIN = "brain"  # of anatomy.MASKS: noise is measured where it matters
 SLICES_AT_ONCE = 8  # of a simulated scan: they share the places where rays meet pixels
 NOISE_SEED = 42  # of run_experiments.py by default; results that are there say their own
 
@@ -293,8 +296,8 @@ def outlined(
 ) -> np.ndarray:
     """(S, n, n) uint8 lesion classes of the segmenter, at the threshold of its checkpoint."""
     network, facts = load_network("segmenter", segmenter, device)
-    threshold = facts["thresholds"]["lesion"]["value"]
-    return segment(network, seen(source, noise, denoiser, device), threshold=threshold)
+    images, spacing_mm = seen(source, noise, denoiser, device), source.series.spacing_mm
+    return outline_lesions(network, facts["thresholds"]["lesion"], images, spacing_mm)
 
 
 @st.cache_data(show_spinner=False, max_entries=100)
@@ -307,6 +310,22 @@ def errors_hu(
     slices = [metrics.rmse_hu(*triple) for triple in zip(images, series.reference, inside, strict=True)]
     scan = metrics.image_quality(images, series.reference, inside, np.zeros(len(images)))
     return np.array(slices), scan
+
+
+class Texture(NamedTuple):
+    """The noise of a scan inside its brain, against what its image quality is scored against."""
+
+    sd_hu: float
+    spectrum: Spectrum
+
+
+@st.cache_data(show_spinner=False, max_entries=100)
+def texture(source: Source, noise: Noise, denoiser: Stamp | None, device: str) -> Texture:
+    series, inside = source.series, load_inside(source.file, source.size, BRAIN)
+    images, pixel_mm = seen(source, noise, denoiser, device), series.spacing_mm[1]
+    flat = flat_tissue(series.reference, inside, pixel_mm)
+    sd = noise_sd(images, series.reference, flat, pixel_mm)
+    return Texture(sd, noise_power_spectrum(images - series.reference, inside, pixel_mm))
 
 
 class Checkpoint(NamedTuple):
@@ -326,6 +345,14 @@ class Arm(NamedTuple):
     name: str  # key of LEGEND
     classifier: Checkpoint
     denoiser: Stamp | None
+
+
+def families(arms: Sequence[Arm]) -> dict[str, list[int]]:
+    """Arms of networks that differ by their training seed alone: label -> their places."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, arm in enumerate(arms):
+        found.setdefault((arm.name, family_name(Path(arm.classifier.name))), []).append(place)
+    return dict(zip(arm_labels(*zip(*found, strict=True)) if found else [], found.values(), strict=True))
 
 
 def denoiser_for(reader: Checkpoint, denoiser: Checkpoint | None) -> Stamp | None:

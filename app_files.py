@@ -10,7 +10,7 @@ import streamlit as st
 
 import stage
 
-LEVELS = ("slice", "scan")
+LEVELS = ("scan", "slice")  # a patient is missed by scan: what the study answers first
 
 
 class Folders(NamedTuple):
@@ -45,6 +45,7 @@ def malformed(path: str | Path, error: Exception, remedy: str) -> stage.InputErr
 
 
 NEEDED_COLUMNS = ("dose_model", "dose", "arm", "level", "task", "n_patients", "n_slices", "noise_seed")
+NAMED_IN_DIGITS = ("arm", "pipeline", "against", "reference", "series_uid", "patient")  # no numbers
 TEXT_COLUMNS = ("dose_model", "arm", "denoiser", "classifier", "task", "level", "range_hu", "mask")
 SHOWN_MANIFEST = ("data", "split_hash", "command")
 
@@ -77,7 +78,7 @@ def load_results(file: Stamp) -> tuple[dict, pd.DataFrame]:
 def load_table(file: Stamp) -> pd.DataFrame:
     """A table of the study. Raises InputError if it is none."""
     try:
-        return pd.read_csv(file.path)
+        return pd.read_csv(file.path, dtype=dict.fromkeys(NAMED_IN_DIGITS, str))
     except (ValueError, UnicodeDecodeError) as error:  # pandas' own errors are ValueErrors
         raise malformed(file.path, error, "run run_experiments.py again") from None
 

@@ -1,6 +1,6 @@
 """Pages Overview and Experiments: what the study measured, from the files in results/.
 
-What needs torch is imported where it is used: without results these pages open at once."""
+What needs torch or scipy is imported where it is used: without results these pages open at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-import metrics
+import app_charts
 import stage
-from app_files import LEVELS, Folders, Stamp, file_hash, load_results, load_table, stamp
-from app_words import arm_colours, arm_labels, dose_text, plain_text, quoted
+from app_files import LEVELS, Folders, Stamp, file_hash, load_results, load_table, malformed, stamp
+from app_words import arm_labels, dose_text, plain_text, quoted
 
+SMALL_IN_A_ROW = 4  # as many as there are pipelines, mostly
+ARM_KEYS = ("arm", "task", "level", "dose_model")
+CURVE_COLUMNS = ("dose", "rate", "sensitivity", "precision")
+SCORE_COLUMNS = (
+    *("arm", "task", "dose_model", "dose", "series_uid"),
+    *("target", "score_reference", "score", "change"),
+)
+VOLUME_COLUMNS = ("segmenter", "denoiser", "dose_model", "dose", "series_uid", "mean_ml", "error_ml")
+SEGMENTATION_COLUMNS = (
+    *("segmenter", "denoiser", "dose_model", "dose"),
+    *("dice", "volume_error_ml", "limit_lower_ml", "limit_upper_ml"),
+)
 CARDS_IN_A_ROW = 7  # four pipelines and three image metrics, at 1280 px
 FIRST_TABLES = ("verdicts", "dose_response", "between_arms")  # what a reader asks for first
 
@@ -27,6 +39,7 @@ TABLE = {
     "sigma_hu": ("Noise SD (HU)", "%.1f", "at 40 HU, from the dose model"),
     "arm": ("Pipeline", None, "see the legend below the table"),
     "task": ("Task", None, "the question put to the classifier"),
+    "train_seed": ("Seed", "%d", "of the network's training"),
     "auc": ("AUC", "%.3f", "area under the ROC curve"),
     "auc_low": ("95 % low", "%.3f", "of the AUC; bootstrap over patients"),
     "auc_high": ("95 % high", "%.3f", "of the AUC; bootstrap over patients"),
@@ -51,6 +64,13 @@ TABLE = {
 IMAGE_PANELS = {"rmse_hu": "RMSE (HU)", "psnr": "PSNR (dB)", "ssim": "SSIM"}
 
 
+def shown(value: float | None, digits: int = 3) -> str:
+    """metrics.shown, which brings half of scipy with it: not before there is a number."""
+    import metrics
+
+    return metrics.shown(value, digits)
+
+
 # ---------------------------------------------------------------- page Overview
 
 
@@ -67,11 +87,14 @@ def overview_page(folders: Folders) -> None:
         for sentence in answer(manifest, rows):
             st.markdown(f":primary[**{plain_text(sentence)}**]" if given else plain_text(sentence))
         st.caption("Measured on the test patients of these data; see Experiments for every number.")
-    show_headline(folders, file, manifest, rows)
     level = next((level for level in LEVELS if level in set(rows["level"])), None)
     chosen = one_study(rows, level)
-    show_curves(chosen, level)
+    arms = arm_rows(folders.results, chosen, level)
+    st.dataframe(headline_table(folders.results, chosen, arms, level), hide_index=True, placeholder="n/a")
+    st.caption("AUC with 95 % intervals; of images: low dose → denoised.")
     show_legend(chosen["arm"].unique())
+    show_curves(chosen, arms, level)
+    show_provenance(folders, file, manifest, rows)
 
 
 def no_results(folders: Folders) -> None:
@@ -96,7 +119,7 @@ def answer(manifest: dict, rows: pd.DataFrame) -> list[str]:
     own = own[own["auc"].notna()] if "auc" in own else own.iloc[:0]
     if own.empty:
         row = rows.sort_values("dose").iloc[0]
-        noisy, denoised = (metrics.shown(row.get(name), 1) for name in ("rmse_hu_noisy", "rmse_hu"))
+        noisy, denoised = (shown(row.get(name), 1) for name in ("rmse_hu_noisy", "rmse_hu"))
         return [
             f"At {dose_text(row['dose_model'], row['dose'])} the error of the image is {noisy} HU, and "
             f"{denoised} HU after denoising."
@@ -107,8 +130,7 @@ def answer(manifest: dict, rows: pd.DataFrame) -> list[str]:
         at = own[own["dose"] == dose]
         labels = arm_labels(list(at["arm"]), list(at["classifier"]))
         parts = [
-            f"{metrics.shown(row['auc'], 2)} ({metrics.shown(row['auc_low'], 2)} to "
-            f"{metrics.shown(row['auc_high'], 2)}) with pipeline {label}"
+            f"{with_interval(row, 'auc')} with pipeline {label}"
             for label, (_, row) in zip(labels, at.iterrows(), strict=True)
         ]
         sentences.append(
@@ -127,7 +149,41 @@ def one_study(rows: pd.DataFrame, level: str | None) -> pd.DataFrame:
     return rows[own & (rows["task"].isna() | (rows["task"] == task))]
 
 
-def show_headline(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFrame) -> None:
+def headline_table(results: Path, rows: pd.DataFrame, arms: pd.DataFrame, level: str | None) -> pd.DataFrame:
+    """A row for each dose: AUC of each arm with its interval, the image before and after denoising, Dice."""
+    bias = study_table(results, "image_quality", "dose_model", "dose", "denoiser", "bias_brain_hu")
+    dice = study_table(results, "segmentation", *SEGMENTATION_COLUMNS)
+    lines = []
+    for dose, own in rows.groupby("dose"):
+        model = own["dose_model"].iloc[0]
+        line = {"Dose": dose_text(model, dose)}
+        for _, row in arms[arms["dose"] == dose].iterrows():
+            line[f"AUC per {level}, {row['line']}"] = with_interval(row, "auc")
+        denoised = own[own["denoiser"].notna()]
+        after = denoised.iloc[0] if len(denoised) else None
+        for column, digits in (("rmse_hu", 1), ("psnr", 1), ("ssim", 2)):
+            line[TABLE[column][0]] = shown(own.iloc[0][f"{column}_noisy"], digits)
+            if after is not None:
+                line[TABLE[column][0]] += f" → {shown(after[column], digits)}"
+        behind = "none" if after is None else after["denoiser"]
+        for title, table, column in (("Bias of brain (HU)", bias, "bias_brain_hu"), ("Dice", dice, "dice")):
+            found = table[(table["dose_model"] == model) & (table["dose"] == dose)]
+            if len(found):
+                found = found.drop_duplicates("denoiser").set_index("denoiser")[
+                    column
+                ]  # of the first network
+                parts = [found[name] for name in dict.fromkeys(("none", behind)) if name in found]
+                line[title] = " → ".join(shown(round(float(part), 2) + 0.0, 2) for part in parts)  # no -0
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def with_interval(row: pd.Series, column: str) -> str:
+    value, low, high = (shown(row[column + end], 2) for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
+
+
+def show_provenance(folders: Folders, file: Stamp, manifest: dict, rows: pd.DataFrame) -> None:
     """What was measured, on whom, with what, when."""
     from dose import DOSE_MODELS
 
@@ -174,7 +230,7 @@ def experiments_page(folders: Folders) -> None:
     """Every number of the study, its curves, tables and figures."""
     path = folders.results / "experiments.json"
     if path.exists():
-        show_experiments(load_results(stamp(path))[1])
+        show_experiments(folders.results, load_results(stamp(path))[1])
     else:
         no_results(folders)
     show_tables(folders.results / "tables")
@@ -191,7 +247,7 @@ def experiments_page(folders: Folders) -> None:
         )
 
 
-def show_experiments(rows: pd.DataFrame) -> None:
+def show_experiments(results: Path, rows: pd.DataFrame) -> None:
     """The rows of experiments.json: at a glance at one dose, as curves and as a table."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         chosen = rows
@@ -208,9 +264,13 @@ def show_experiments(rows: pd.DataFrame) -> None:
         # what has no level is an image without a classifier: it belongs to both
         chosen = chosen[chosen["level"].isna() | (chosen["level"] == level)]
         dose = choose_result_dose(chosen)
-    show_at_dose(chosen[chosen["dose"] == dose])
-    show_curves(chosen, level)
+    arms = arm_rows(results, chosen, level)
+    show_at_dose(chosen[chosen["dose"] == dose], arms[arms["dose"] == dose])
+    show_curves(chosen, arms, level)
     show_legend(chosen["arm"].unique())
+    show_decisions(results, arms, level, dose)
+    show_scans(results, arms, dose)
+    show_volumes(results, chosen["dose_model"].iloc[0], dose)
     st.subheader("All numbers")
     show_table(chosen)
     st.download_button(
@@ -237,27 +297,25 @@ def choose_result_dose(rows: pd.DataFrame) -> float:
     )
 
 
-def show_at_dose(rows: pd.DataFrame) -> None:
-    """The numbers of one dose, large: AUC of each pipeline, and what denoising does to the image."""
+def show_at_dose(rows: pd.DataFrame, arms: pd.DataFrame) -> None:
+    """The numbers of one dose, large: AUC of each arm, and what denoising does to the image."""
     from inference import LEGEND
 
-    classified = rows[rows["level"].notna()]
-    names = arm_labels(list(classified["arm"]), list(classified["classifier"]))
     cards = [
         (
-            f"AUC, pipeline {plain_text(name)}",
-            metrics.shown(row["auc"]),
-            f"{metrics.shown(row['auc_low'])} to {metrics.shown(row['auc_high'])}",
-            f"{LEGEND.get(row['arm'], '')}; below: 95 % interval",
+            f"AUC, pipeline {plain_text(row['line'])}",
+            shown(row["auc"]),
+            f"{shown(row['auc_low'])} to {shown(row['auc_high'])}",
+            f"{LEGEND.get(row['line'].split(' ')[0], '')}; below: 95 % interval",
         )
-        for name, (_, row) in zip(names, classified.iterrows(), strict=True)
+        for _, row in arms.iterrows()
     ]
     denoised = rows[rows["denoiser"].notna()]
     row = denoised.iloc[0] if len(denoised) else rows.iloc[0]
     what = "denoised" if len(denoised) else "low dose"
     for column, unit, digits in (("rmse_hu", " HU", 2), ("psnr", " dB", 2), ("ssim", "", 3)):
-        before = f"low dose {metrics.shown(row[f'{column}_noisy'], digits)}" if len(denoised) else None
-        value = metrics.shown(row[column], digits)
+        before = f"low dose {shown(row[f'{column}_noisy'], digits)}" if len(denoised) else None
+        value = shown(row[column], digits)
         name = column.removesuffix("_hu").upper()
         cards.append((f"{name}, {what}", value + (unit if value != "n/a" else ""), before, TABLE[column][2]))
     for start in range(0, len(cards), CARDS_IN_A_ROW):
@@ -288,14 +346,36 @@ def show_legend(arms: Sequence[str]) -> None:
         st.caption("Pipelines: " + " · ".join(lines).replace("->", "→"))
 
 
-def show_curves(rows: pd.DataFrame, level: str | None) -> None:
-    """AUC per pipeline and image quality, low dose and denoised, against dose."""
+def study_table(results: Path, name: str, *columns: str) -> pd.DataFrame:
+    """A table of the study; without rows if it was not written. Raises InputError if columns are missing."""
+    path = results / "tables" / f"{name}.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=list(columns))
+    table = load_table(stamp(path))
+    if missing := sorted(set(columns) - set(table.columns)):
+        raise malformed(path, KeyError(", ".join(missing)), "run run_experiments.py again")
+    return table
+
+
+def arm_rows(results: Path, rows: pd.DataFrame, level: str | None) -> pd.DataFrame:
+    """Dose, AUC and its interval, a `line` for each arm: its mean over networks, if the study wrote that.
+
+    rows: of one dose model, task and level."""
+    rows = rows[rows["auc"].notna()] if "auc" in rows else rows.iloc[:0]
+    table = study_table(results, "dose_response", *ARM_KEYS, "dose", "auc", "auc_low", "auc_high")
+    same = table["level"] == level
+    for column in ("dose_model", "task"):
+        same &= table[column].isin(rows[column])
+    if same.any():
+        return table[same].assign(line=table["arm"])
+    return rows.assign(line=arm_labels(list(rows["arm"]), list(rows["classifier"])))
+
+
+def show_curves(rows: pd.DataFrame, arms: pd.DataFrame, level: str | None) -> None:
+    """AUC per arm and image quality, low dose and denoised, against dose."""
     doses, panels = sorted(rows["dose"].unique()), []
-    classified = rows[rows["auc"].notna()]
-    if len(classified):
-        names = arm_labels(list(classified["arm"]), list(classified["classifier"]))
-        frame = classified[["dose", "auc", "auc_low", "auc_high"]].assign(line=names)
-        chart = dose_curve(frame, "auc", "AUC", doses, "auc_low", "auc_high")
+    if len(arms):
+        chart = app_charts.dose_curve(arms, "auc", "AUC", doses, "auc_low", "auc_high")
         panels.append((f"AUC per {level}, 95 % band", chart))
     for column, title in IMAGE_PANELS.items():
         lines = [rows[["dose"]].assign(value=rows[f"{column}_noisy"], line="low dose")]
@@ -306,60 +386,106 @@ def show_curves(rows: pd.DataFrame, level: str | None) -> None:
         # arms that share a denoiser share their images
         frame = pd.concat(lines).dropna().drop_duplicates(["dose", "line"])
         if len(frame):
-            panels.append((title, dose_curve(frame.rename(columns={"value": column}), column, title, doses)))
-    cells = [*st.columns(2), *st.columns(2)]
-    for cell, panel in zip(cells, panels, strict=False):
-        with cell, st.container(border=True):
-            title, chart = panel
-            st.markdown(f"**{title}**")
-            st.altair_chart(chart, width="stretch")
+            frame = frame.rename(columns={"value": column})
+            panels.append((title, app_charts.dose_curve(frame, column, title, doses)))
+    show_panels(panels)
 
 
-def colours(labels: Sequence[str]) -> alt.Scale:
-    """The same colour for the same pipeline in every chart."""
-    return alt.Scale(domain=list(labels), range=arm_colours(labels))
+def show_panels(panels: Sequence[tuple[str, alt.TopLevelMixin]], columns: int = 2) -> None:
+    """Charts with their titles, side by side, so many at most."""
+    columns = min(columns, len(panels)) or 1
+    for start in range(0, len(panels), columns):
+        for cell, (title, chart) in zip(st.columns(columns), panels[start : start + columns], strict=False):
+            with cell, st.container(border=True):
+                st.markdown(f"**{plain_text(title)}**")
+                st.altair_chart(chart, width="stretch")
 
 
-def dose_curve(
-    frame: pd.DataFrame,
-    column: str,
-    title: str,
-    doses: Sequence[float],
-    low: str | None = None,
-    high: str | None = None,
-) -> alt.LayerChart:
-    """A column against dose on a log axis, one line per `line`, with a band from low to high."""
-    x = alt.X(
-        "dose:Q",
-        title="dose, log scale",
-        scale=alt.Scale(type="log", domain=[doses[0] / 1.15, doses[-1] * 1.15], nice=False),
-        axis=alt.Axis(values=doses, format="~g", grid=True),
-    )
-    colour = alt.Color(
-        "line:N",
-        title=None,
-        scale=colours(list(dict.fromkeys(frame["line"]))),
-        legend=alt.Legend(orient="top", symbolType="circle", symbolOpacity=1),
-    )
-    shown = [
-        "line:N",
-        alt.Tooltip("dose:Q", format="~g"),
-        alt.Tooltip(f"{column}:Q", format=".3f", title=title),
-    ]
-    scale = alt.Scale(zero=False, nice=False, padding=10)
-    base = alt.Chart(frame).encode(x=x, color=colour)
-    layers = []
-    if low is not None:
-        shown += [alt.Tooltip(f"{end}:Q", format=".3f") for end in (low, high)]
-        layers.append(
-            base.mark_area(opacity=0.1).encode(y=alt.Y(f"{low}:Q", title=title, scale=scale), y2=f"{high}:Q")
+# ---------------------------------------------------------------- decisions, scan by scan
+
+
+def show_decisions(results: Path, arms: pd.DataFrame, level: str | None, dose: float) -> None:
+    """ROC and precision-recall curves at one dose, and the calls at the stored thresholds."""
+    table = of_arms(study_table(results, "curves", *ARM_KEYS, *CURVE_COLUMNS), arms)
+    table = table[(table["level"] == level) & (table["dose"] == dose)]
+    if len(table):
+        where = f"at dose {dose:g}, per {level}"
+        st.subheader(f"Decisions {where}")
+        show_panels(
+            [
+                ("ROC, mean over networks", app_charts.roc(table)),
+                ("Precision and recall, mean over networks", app_charts.precision_recall(table)),
+            ]
         )
-    layers.append(
-        base.mark_line(point=alt.OverlayMarkDef(size=50, filled=True), strokeWidth=2).encode(
-            y=alt.Y(f"{column}:Q", title=title, scale=scale), tooltip=shown
+    if "tp" not in arms:
+        return
+    counts = arms[(arms["dose"] == dose) & arms["tp"].notna()]
+    if len(counts):
+        st.markdown(f"**Calls at the stored threshold** · per {level}, mean over networks")
+        show_panels(
+            [(f"Pipeline {row['line']}", app_charts.confusion(row)) for _, row in counts.iterrows()],
+            SMALL_IN_A_ROW,
         )
+
+
+def of_arms(table: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table that are of the same task and dose model, with a `line` for each arm."""
+    if not len(table) or "arm" not in arms or not len(arms):
+        return table.iloc[:0]
+    same = table["dose_model"].isin(arms["dose_model"]) & table["task"].isin(arms["task"])
+    return table[same].assign(line=table["arm"])
+
+
+def case_links(table: pd.DataFrame) -> pd.Series:
+    """The address of each case in the viewer."""
+    return "viewer?case=" + table["series_uid"] + "&dose=" + table["dose"].map("{:g}".format)
+
+
+def show_scans(results: Path, arms: pd.DataFrame, dose: float) -> None:
+    """What each arm says of each scan at the highest dose and at this one."""
+    table = of_arms(study_table(results, "scan_scores", *SCORE_COLUMNS), arms)
+    table = table[table["dose"] == dose]
+    if not len(table):
+        return
+    table = table.assign(link=case_links(table), truth=table["target"].map({1: "lesion", 0: "normal"}))
+    st.markdown(f"**Every scan** · probability at the highest dose and at {dose:g}, mean over networks")
+    show_panels(
+        [
+            (
+                f"Pipeline {line}: {(own['change'] == 'lost').sum()} calls lost, "
+                f"{(own['change'] == 'gained').sum()} gained",
+                app_charts.score_scatter(own),
+            )
+            for line, own in table.groupby("line", sort=False)
+        ],
+        SMALL_IN_A_ROW,
     )
-    return alt.layer(*layers).properties(height=320)
+    st.caption(
+        "▼ right at the highest dose and wrong here (lost) · ▲ the other way round (gained). "
+        "Click a point to open its case."
+    )
+
+
+def show_volumes(results: Path, dose_model: str, dose: float) -> None:
+    """Volumes of lesions as the segmenters find them, against the truth."""
+    table = study_table(results, "volumes", *VOLUME_COLUMNS)
+    summary = study_table(results, "segmentation", *SEGMENTATION_COLUMNS)
+    table, summary = (
+        one[(one["dose_model"] == dose_model) & (one["dose"] == dose)] for one in (table, summary)
+    )
+    panels = []
+    for _, row in summary.iterrows():
+        own = table[(table["segmenter"] == row["segmenter"]) & (table["denoiser"] == row["denoiser"])]
+        images = "low dose" if row["denoiser"] == "none" else f"behind {row['denoiser']}"
+        if len(own):
+            title = f"{row['segmenter']}, {images}: Dice {shown(row['dice'], 2)}"
+            panels.append((title, app_charts.bland_altman(own.assign(link=case_links(own)), row)))
+    if panels:
+        st.subheader("Volumes of lesions")
+        show_panels(panels, 2)
+        st.caption(
+            "Bland-Altman plot of scans with a lesion: bias (line) and 95 % limits of agreement (dashed)."
+        )
 
 
 def show_tables(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 import canvas
 import stage
@@ -52,6 +53,7 @@ from volumes import Scan, ScanError
 SAMPLE, UPLOAD, FOLDER = "Sample", "Upload", "This machine"
 AS_IT_IS = "as it is"
 SCAN, OUTCOME = "own-scan", "own-outcome"  # of the session, which alone holds them
+ASKED = "own-asked"  # the scan of which the networks are to say something
 MANY_ENTRIES = 500  # of the folder of scans, in the list; others can be typed
 HIGHDICOM = "DICOM SEG of lesions needs highdicom (pip install highdicom)"
 
@@ -62,7 +64,8 @@ def own_scan_page(folders: Folders) -> None:
     networks = find_checkpoints(folders, device)
     for line in networks.faults:
         st.error(plain_text(line))
-    source = choose_source(folders)
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
+    source = choose_source(folders, row)
     try:
         opened = load(source, folders)
     except ScanError as error:
@@ -74,7 +77,7 @@ def own_scan_page(folders: Folders) -> None:
         )
         return
     request, reference, arm = choose_request(folders, networks, opened, device)
-    outcome = ask(opened, request, reference, source)
+    outcome = ask(opened, request, reference, source, row)
     show_outcome(opened, outcome, request, arm)
     if outcome is not None:
         show_downloads(opened, outcome, request, source, folders)
@@ -86,10 +89,12 @@ def own_scan_page(folders: Folders) -> None:
 # ---------------------------------------------------------------- where it comes from
 
 
-def choose_source(folders: Folders) -> tuple:
-    """(kind, what it takes to find the scan again, which series of those that are there)."""
+def choose_source(folders: Folders, row: DeltaGenerator) -> tuple:
+    """(kind, what it takes to find the scan again, which series of those that are there).
+
+    row: of the page, where its controls begin."""
     kinds = [SAMPLE, UPLOAD, *([FOLDER] if folders.scans else [])]
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+    with row:
         kind = st.segmented_control("Scan from", kinds, default=SAMPLE, required=True, key="own-kind")
         if kind == SAMPLE:
             name = st.segmented_control(
@@ -260,9 +265,9 @@ def choose_dose(denoiser: Checkpoint | None, arm: Arm | None, seed: int) -> Dose
     model = facts.get("dose_model") if facts.get("dose_model") in SIMULATED else sorted(SIMULATED)[0]
     doses = sorted(DOSE_MODELS[model].doses, reverse=True)
     dose = st.selectbox(
-        "Dose",
+        "Simulate dose",
         [AS_IT_IS, *doses],
-        format_func=lambda dose: dose if dose == AS_IT_IS else f"simulate {dose_text(model, dose)}",
+        format_func=lambda dose: dose if dose == AS_IT_IS else dose_text(model, dose),
         key=f"own-dose-{model}",
         width=190,
     )
@@ -295,8 +300,12 @@ def choose_reference(opened: Opened, dose: Dose | None) -> Scan | None:
     return scan
 
 
-def ask(opened: Opened, request: Request, reference: Scan | None, source: tuple) -> Outcome | None:
-    """What the networks say, once for every question; a click on anything else stops them."""
+def ask(
+    opened: Opened, request: Request, reference: Scan | None, source: tuple, row: DeltaGenerator
+) -> Outcome | None:
+    """What the networks say, once for every question; a click on anything else stops them.
+
+    row: of the page, in which the button is, and the progress while it lasts."""
     denoiser = None if request.denoiser is None else request.denoiser.path
     images = (identity(source), request.dose, denoiser)  # what the denoised images depend on
     key = (
@@ -309,24 +318,36 @@ def ask(opened: Opened, request: Request, reference: Scan | None, source: tuple)
         return known[2]
     if not request.networks and request.dose is None and reference is None:
         return None
-    place = st.empty()
-    if st.session_state.get("own-asked") != identity(source):
-        if not place.button("Denoise and read", type="primary", icon=":material/play_arrow:"):
-            return None
-        st.session_state["own-asked"] = identity(source)
-    with place.container():
-        bar = st.progress(0.0, "Starting")
-        st.button("Cancel", on_click=lambda: st.session_state.pop("own-asked", None))
+    asked = st.session_state.get(ASKED) == identity(source)
+    button, stop, bar = row.empty(), row.empty(), row.empty()
+    button.button(
+        "Denoise and read",
+        key="own-run",  # it stays the same button, which would else be in sight as it was until the end
+        on_click=lambda: st.session_state.update({ASKED: identity(source)}),
+        disabled=asked,
+        type="primary",
+        icon=":material/play_arrow:",
+    )
+    if not asked:
+        return None
+    stop.button("Cancel", on_click=cancel, icon=":material/close:")
+    bar.progress(0.0, "Starting", width=300)
     outcome = work(
         opened.scan,
         request,
         reference,
-        lambda share, what: bar.progress(share, f"{what} ..."),
+        lambda share, what: bar.progress(share, f"{what} ...", width=300),
         known[2] if known is not None and known[0] == images else None,
     )
-    place.empty()
+    for element in (button, stop, bar):
+        element.empty()
     st.session_state[OUTCOME] = (images, key, outcome)
     return outcome
+
+
+def cancel() -> None:
+    """The networks stop at the next look at the progress bar, and are asked by the button alone."""
+    st.session_state.pop(ASKED, None)
 
 
 # ---------------------------------------------------------------- what is shown
@@ -375,7 +396,7 @@ def show_outcome(opened: Opened, outcome: Outcome | None, request: Request, arm:
         notes=["; ".join(texts) for texts in scan.repairs],
         start=start,
         differences=differences,
-        panes=2 if differences else 1,
+        panes=[layer.name for layer in layers[:2]] if differences else [],
     )
     canvas.show(canvas.pack(view), "own-viewer")
     if outcome is not None:

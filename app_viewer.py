@@ -12,6 +12,7 @@ import streamlit as st
 from scipy import ndimage
 
 import anatomy
+import app_charts
 import canvas
 import lesions
 import metrics
@@ -30,6 +31,7 @@ from app_data import (
     denoised,
     denoiser_for,
     errors_hu,
+    families,
     find_checkpoints,
     heat,
     low_dose,
@@ -37,8 +39,9 @@ from app_data import (
     pick_device,
     reading,
     study_of,
+    texture,
 )
-from app_files import Folders, stamp
+from app_files import Folders, Stamp, stamp
 from app_words import (
     arm_colours,
     arm_labels,
@@ -50,13 +53,15 @@ from app_words import (
     truth_text,
     verdict,
 )
-from arms import family_name
 from dataset import TASKS, task_targets
+from detectability import spectrum_distance
 from dose import DOSE_MODELS, SIMULATED
 from inference import LEGEND
 from metrics import shown
 
 DIFFERENCE_RANGE_HU = 20.0  # twice the noise of a routine scan and more: what stays dark is noise
+NOTHING = "nothing"
+OTHER = "Other denoiser"
 NO_HEAT = "Off"
 LESION_KEY = "lesion-rows"
 
@@ -75,10 +80,10 @@ def viewer_page(folders: Folders) -> None:
         source = Source(stamp(Path(case.folder) / "metadata.json"), networks.size)
         series = source.series
         noise = choose_dose(networks.found, study)
-        denoiser = choose_denoiser(networks.denoisers)
+        denoiser, other = choose_denoisers(networks.denoisers)
         arms = arms_of(denoiser, networks.classifiers)
         explained = choose_heat(arms)
-    scan = Shown(series, source, noise, denoiser, arms, device)
+    scan = Shown(series, source, noise, denoiser, other, arms, device)
     scores = [reading(source, noise, arm.classifier.file, arm.denoiser, device) for arm in arms]
     outlines = outline(scan, networks.segmenters)
     found = outlines[0].mask if outlines else None
@@ -101,8 +106,15 @@ class Shown(NamedTuple):
     source: Source
     noise: Noise
     denoiser: Checkpoint | None
+    other: Checkpoint | None  # a second denoiser, to compare
     arms: list[Arm]
     device: str
+
+    @property
+    def images(self) -> dict[str, Stamp | None]:
+        """What is made of the full dose, by its title: the low dose, and it behind each denoiser."""
+        behind = {"Denoised": self.denoiser, OTHER: self.other}
+        return {"Low dose": None} | {title: one.file for title, one in behind.items() if one is not None}
 
 
 class Explained(NamedTuple):
@@ -214,12 +226,15 @@ def choose_dose(found: Sequence[Checkpoint], study: Study) -> Noise:
     return Noise(dose_model, dose, study.noise_seed)
 
 
-def choose_denoiser(denoisers: Sequence[Checkpoint]) -> Checkpoint | None:
+def choose_denoisers(denoisers: Sequence[Checkpoint]) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The one that is shown, and one to compare it with."""
     if len(denoisers) < 2:
-        return denoisers[0] if denoisers else None
-    names = [one.name for one in denoisers]
-    name = st.selectbox("Denoiser", names, key="denoiser", persist_state="session", width=190)
-    return denoisers[names.index(name)]
+        return (denoisers[0] if denoisers else None), None
+    by_name = {one.name: one for one in denoisers}
+    name = st.selectbox("Denoiser", list(by_name), key="denoiser", persist_state="session", width=150)
+    others = [NOTHING, *(one for one in by_name if one != name)]
+    other = st.selectbox("Compare with", others, key="other-denoiser", persist_state="session", width=150)
+    return by_name[name], by_name.get(other)
 
 
 def choose_heat(arms: Sequence[Arm]) -> Explained | None:
@@ -227,7 +242,7 @@ def choose_heat(arms: Sequence[Arm]) -> Explained | None:
     if not arms:
         return None
     labels = arm_labels([arm.name for arm in arms], [arm.classifier.name for arm in arms])
-    label = st.selectbox("Grad-CAM of", [NO_HEAT, *labels], key="heat", persist_state="session", width=120)
+    label = st.selectbox("Grad-CAM of", [NO_HEAT, *labels], key="heat", persist_state="session", width=180)
     if label == NO_HEAT:
         return None
     arm = arms[labels.index(label)]
@@ -252,22 +267,16 @@ def strip_lines(arms: Sequence[Arm], slices: Sequence[np.ndarray]) -> list[canva
     """The lines under the slices: one for each arm, of networks that differ by their seed alone the mean.
 
     slices: of each arm (S, classes). A mean has no threshold, as each of its networks has its own."""
-    groups: dict[tuple[str, str], list[tuple[np.ndarray, float | None]]] = {}
-    for arm, found in zip(arms, slices, strict=True):
-        facts = arm.classifier.facts
-        values = TASKS[facts["task"]].positive(found)
-        own = groups.setdefault((arm.name, family_name(Path(arm.classifier.name))), [])
-        own.append((values, facts["thresholds"]["slice"]["value"]))
-    labels = arm_labels(*zip(*groups, strict=True)) if groups else []
-    return [
-        canvas.Scores(
-            label,
-            np.mean([values for values, _ in own], axis=0),
-            own[0][1] if len(own) == 1 else None,
-            colour,
-        )
-        for label, colour, own in zip(labels, arm_colours(labels), groups.values(), strict=True)
-    ]
+    groups = families(arms)
+    lines = []
+    for (label, places), colour in zip(groups.items(), arm_colours(list(groups)), strict=True):
+        facts = [arms[place].classifier.facts for place in places]
+        values = [
+            TASKS[one["task"]].positive(slices[place]) for one, place in zip(facts, places, strict=True)
+        ]
+        threshold = facts[0]["thresholds"]["slice"]["value"] if len(places) == 1 else None
+        lines.append(canvas.Scores(label, np.mean(values, axis=0), threshold, colour))
+    return lines
 
 
 def make_view(
@@ -287,14 +296,21 @@ def make_view(
         canvas.Layer("full", "Full dose", series.image, "as prepared"),
         canvas.Layer("low", "Low dose", low, dose, noise.dose_model),
     ]
-    errors = {"low dose": errors_hu(scan.source, noise, None, study.mask, device)[0]}
-    differences = [("low", "full")]
+    errors = {
+        title.lower(): errors_hu(scan.source, noise, file, study.mask, device)[0]
+        for title, file in scan.images.items()
+    }
+    differences, panes = [("low", "full")], ["full", "low"]
     if scan.denoiser is not None:
-        file = scan.denoiser.file
-        images = denoised(scan.source, noise, file, device)
+        images = denoised(scan.source, noise, scan.denoiser.file, device)
         layers.append(canvas.Layer("denoised", "Denoised", images, dose, scan.denoiser.name))
-        errors["denoised"] = errors_hu(scan.source, noise, file, study.mask, device)[0]
         differences = [("denoised", "full"), ("low", "full"), ("low", "denoised")]
+        panes = ["full", "low", "denoised", "denoised-full"]
+    if scan.other is not None:
+        images = denoised(scan.source, noise, scan.other.file, device)
+        layers.append(canvas.Layer("other", OTHER, images, dose, scan.other.name))
+        differences = [("other", "denoised"), ("other", "full"), *differences]
+        panes = ["low", "denoised", "other", "other-denoised"]
     if series.truth is not None:
         layers.append(canvas.Layer("truth", "Noise-free", series.truth, "phantom, before noise"))
     lines = strip_lines(scan.arms, [slices for slices, _ in scores])
@@ -331,7 +347,7 @@ def make_view(
         go=go,
         differences=differences,
         range_hu=DIFFERENCE_RANGE_HU,
-        panes=4 if scan.denoiser is not None else 2,
+        panes=panes,
         link=True,
     )
 
@@ -401,6 +417,8 @@ def show_numbers(
             height=min(35 * (len(parts) + 1) + 3, 240),
         )
         st.caption("Select a row to go there.")
+    with st.expander("Noise"):
+        show_noise(scan)
     with st.expander("The same from a shell"):
         noise = scan.noise
         st.code(
@@ -474,17 +492,49 @@ def score_columns() -> dict[str, Any]:
 
 
 def quality_table(scan: Shown, study: Study) -> pd.DataFrame:
-    rows = [("Low dose", None)]
-    if scan.denoiser is not None:
-        rows.append(("Denoised", scan.denoiser.file))
     return pd.DataFrame(
-        {"Image": name, **errors_hu(scan.source, scan.noise, file, study.mask, scan.device)[1]}
-        for name, file in rows
+        {"Image": title, **errors_hu(scan.source, scan.noise, file, study.mask, scan.device)[1]}
+        for title, file in scan.images.items()
     )
+
+
+def show_noise(scan: Shown) -> None:
+    """How strong the noise is, and how coarse: its power spectrum."""
+    found = {
+        title: texture(scan.source, scan.noise, file, scan.device) for title, file in scan.images.items()
+    }
+    left, right = st.columns((3, 2), gap="medium")
+    with left:
+        spectra = [
+            pd.DataFrame({"frequency_per_mm": one.spectrum.frequencies, "power_hu2_mm2": one.spectrum.power})
+            for one in found.values()
+        ]
+        frame = pd.concat([own.assign(line=title) for title, own in zip(found, spectra, strict=True)])
+        if (frame["power_hu2_mm2"] > 0).any():
+            st.altair_chart(app_charts.spectrum(frame), width="stretch")
+        else:
+            st.caption("No part of the brain is large enough for a spectrum.")
+    with right:
+        with np.errstate(invalid="ignore"):  # without noise there is no texture: NaN
+            moved = [spectrum_distance(one.spectrum, found["Low dose"].spectrum) for one in found.values()]
+        rows = {"Image": list(found), "sd": [one.sd_hu for one in found.values()], "moved": moved}
+        columns = {
+            "sd": st.column_config.NumberColumn("Noise SD (HU)", format="%.2f"),
+            "moved": st.column_config.NumberColumn(
+                "Texture changed", format="percent", help="share of noise power at another frequency"
+            ),
+        }
+        st.dataframe(pd.DataFrame(rows), hide_index=True, column_config=columns, placeholder="n/a")
+        against = "full dose" if scan.series.truth is None else "noise-free truth"
+        st.caption(
+            f"Noise power inside the brain, of all slices, less the {against}. A line through the image: "
+            "click it, press l and point at a row."
+        )
 
 
 def quality_columns() -> dict[str, Any]:
     return {
+        "Image": st.column_config.TextColumn("Image", width=115),
         "rmse_hu": st.column_config.NumberColumn("RMSE (HU)", format="%.2f"),
         "mse": st.column_config.NumberColumn("MSE (HU²)", format="%.1f"),
         "psnr": st.column_config.NumberColumn("PSNR (dB)", format="%.2f"),

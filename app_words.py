@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-import anatomy
-
 NOTICE = "research use only"  # as in display, which needs torch
-# Okabe and Ito 2008, told apart by the colour-blind
-ARM_COLOURS = {"1": "#e69f00", "1n": "#cc79a7", "2": "#0072b2", "2d": "#009e73"}
-OTHER_COLOURS = ("#56b4e9", "#d55e00", "#999999", "#882255", "#117733", "#332288")
+# As in figures, which needs matplotlib
+ARM_COLOURS = {"1": "#e69f00", "1n": "#cc79a7", "2": "#0072b2", "2d": "#009e73", "2j": "#d55e00"}
+OTHER_COLOURS = ("#56b4e9", "#999933", "#cc6677", "#7570b3", "#44aa99", "#aa4499")
 
 
 def plain_text(text: str) -> str:
@@ -29,6 +27,8 @@ def quoted(path: Path) -> str:
 
 def finding(labels: dict) -> str:
     """What a label dict says, in words: "haemorrhage (subdural), ischemia", "normal" or "labels unknown"."""
+    import anatomy  # here, as it needs scipy, which the first page can do without
+
     parts = []
     if labels.get("any") == 1:
         kinds = [name for name in anatomy.LESION_CLASSES[:5] if labels.get(name) == 1]

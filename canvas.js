@@ -13,12 +13,13 @@ const KEYS = [
   ["1 to 6", "window presets"], ["0", "window of this slice"], ["right drag", "window: width across, level along"],
   ["Ctrl + wheel, + / -", "zoom"], ["Shift + drag", "move"], ["drag", "region: mean and SD in HU; Esc clears"],
   ["space", "reset zoom, place and window"], ["i", "invert"], ["c", "play"], ["t", "blink: next layer"],
-  ["g", "lesions on / off"], ["h", "heat on / off"], ["[ / ]", "opacity"], ["v", "axial, coronal, sagittal"],
+  ["l", "profile of the row under the pointer"], ["g", "lesions on / off"], ["h", "heat on / off"], ["[ / ]", "opacity"], ["v", "axial, coronal, sagittal"],
   ["f", "full screen"], ["p", "save as PNG"], ["?", "these keys"],
 ];
 const ICONS = {
   invert: "M8 1.5a6.5 6.5 0 1 0 0 13zM8 1.5a6.5 6.5 0 0 1 0 13",
   play: "M4.5 2.5v11l9-5.5z",
+  profile: "M1.5 11.5 4 7l2.5 3L9.5 3l2.5 7 2.5-4",
   blink: "M2 5h9M8.5 2 11.5 5 8.5 8M14 11H5M7.5 8 4.5 11l3 3",
   reset: "M3 8a5 5 0 1 0 1.6-3.7M3 2v3.5h3.5",
   save: "M8 2v8M4.5 7 8 10.5 11.5 7M2.5 13.5h11",
@@ -140,8 +141,8 @@ class Viewer {
     }
     const names = scan.layers.map((layer) => layer.name);
     if (!before || before.layers.map((layer) => layer.name).join() !== names.join()) {
-      state.layers = [0, 1, 2, 3].map((place) => Math.min(place, names.length - 1));
-      if (scan.panes) state.panes = Math.min(scan.panes, names.length);
+      state.layers = [0, 1, 2, 3].map((place) => scan.panes[place] ?? Math.min(place, names.length - 1));
+      state.panes = scan.panes.length || 1;
     }
     if (!before || before.range_hu !== scan.range_hu) this.range(scan.range_hu);
     this.outlines = new Map();
@@ -192,6 +193,7 @@ class Viewer {
       invert: button(icon("invert"), "invert (i)", () => this.invert()),
       play: button(icon("play"), "play (c)", () => this.play()),
       blink: button(icon("blink"), "blink to the next layer (t)", () => this.blink()),
+      profile: button(icon("profile"), "profile of the row under the pointer (l)", () => this.profiles()),
       reset: button(icon("reset"), "reset zoom, place and window (space)", () => this.reset()),
       save: button(icon("save"), "save as PNG (p)", () => this.save()),
       full: button(icon("full"), "full screen (f)", () => this.fullScreen()),
@@ -265,7 +267,8 @@ class Viewer {
   arrange() {
     const width = this.grid.clientWidth || 1200;
     const full = document.fullscreenElement === this.root;
-    const most = full ? window.innerHeight - 170 : Math.max(420, Math.min(860, window.innerHeight - 300));
+    const room = window.innerHeight - this.above - 135; // strip and foot are below; where there is little, one scrolls
+    const most = full ? window.innerHeight - 170 : Math.min(860, room >= 380 ? room : Math.max(420, window.innerHeight - 300));
     const count = this.state.panes;
     let best = null;
     for (let columns = count; columns >= 1; columns--) {
@@ -278,6 +281,12 @@ class Viewer {
     const height = full ? most / best.rows : Math.min(best.side, most);
     this.grid.style.gridTemplateColumns = `repeat(${best.columns}, minmax(0, 1fr))`;
     this.panes.forEach((pane) => (pane.box.style.height = `${Math.floor(height)}px`));
+  }
+
+  // How much of the page, unscrolled, is above the views
+  get above() {
+    const page = this.root.getRootNode().host?.closest("section");
+    return this.grid.getBoundingClientRect().top + (page?.scrollTop ?? 0);
   }
 
   // ---------------------------------------------------------------- what hands do
@@ -319,7 +328,7 @@ class Viewer {
     const step = { ArrowUp: -1, ArrowDown: 1, PageUp: -5, PageDown: 5 }[event.key];
     const actions = {
       Home: () => this.go(0), End: () => this.go(Infinity), " ": () => this.reset(), i: () => this.invert(),
-      c: () => this.play(), t: () => this.blink(), g: () => this.toggle("lesions"), h: () => this.toggle("heat"),
+      c: () => this.play(), t: () => this.blink(), g: () => this.toggle("lesions"), h: () => this.toggle("heat"), l: () => this.profiles(),
       "[": () => this.fade(-0.1), "]": () => this.fade(0.1), v: () => this.turn(AXES[(AXES.indexOf(this.state.axis) + 1) % 3]),
       "+": () => this.magnify(1.2), "=": () => this.magnify(1.2), "-": () => this.magnify(1 / 1.2),
       f: () => this.fullScreen(), p: () => this.save(), r: () => this.reset(), "?": () => this.help(),
@@ -505,6 +514,11 @@ class Viewer {
     this.draw();
   }
 
+  profiles() {
+    this.state.profile = !this.state.profile;
+    this.draw();
+  }
+
   fade(step) {
     this.state.opacity = Math.max(0, Math.min(1, this.state.opacity + step));
     this.opacity.value = this.state.opacity;
@@ -600,7 +614,7 @@ class Viewer {
     this.picture(plane);
     ctx.drawImage(this.surface, frame.x, frame.y, frame.w, frame.h);
     const found = scan.found && state.lesions && !state.no_found, truth = scan.truth && state.lesions && !state.no_truth;
-    if (scan.heat && !state.no_heat && state.heat) {
+    if (scan.heat && !state.no_heat && state.heat && !plane.minus) { // a difference has colours of its own
       this.lay(plane, scan.heat.values, (share) => (Math.round(share * state.opacity) << 24) | this.heatColours[share]);
       ctx.drawImage(this.colour, frame.x, frame.y, frame.w, frame.h);
     }
@@ -613,6 +627,7 @@ class Viewer {
     if (found) this.stroke(ctx, this.outline("found", plane), plane, frame, FOUND_COLOUR, scale);
     if (truth) this.stroke(ctx, this.outline("truth", plane), plane, frame, TRUE_COLOUR, scale);
     if (this.region?.axis === state.axis) this.drawRegion(ctx, plane, frame, scale);
+    if (state.profile && this.cursor?.inside) this.profile(ctx, plane, frame, width, height, scale);
     if (this.cursor && this.cursor.inside && this.cursor.place !== place) this.cross(ctx, plane, frame, scale);
     this.write(ctx, place, plane, frame, width, height, scale);
     return frame;
@@ -693,6 +708,25 @@ class Viewer {
     ctx.stroke();
   }
 
+  // HU along the row under the pointer, column over column, from the low to the high end of the window
+  profile(ctx, plane, frame, width, height, scale) {
+    const { state } = this, y = Math.floor(this.cursor.at[1]), [top, bottom] = [height * 0.64, height * 0.86];
+    const [level, half] = plane.minus ? [0, this.rangeHu] : [state.level, state.width / 2];
+    const at = (hu) => bottom - ((Math.max(-1, Math.min(1, (hu - level) / half)) + 1) / 2) * (bottom - top);
+    ctx.fillStyle = "rgba(0, 0, 0, 0.5)";
+    ctx.fillRect(0, top - 8 * scale, width, bottom - top + 16 * scale);
+    Object.assign(ctx, { strokeStyle: "rgba(255, 214, 10, 0.6)", lineWidth: scale });
+    ctx.setLineDash([4 * scale, 4 * scale]);
+    const row = frame.y + ((y + 0.5) / plane.rows) * frame.h;
+    ctx.strokeRect(frame.x, row, frame.w, 0);
+    ctx.setLineDash([]);
+    Object.assign(ctx, { strokeStyle: "#ffd60a", lineWidth: 1.5 * scale });
+    ctx.beginPath();
+    for (let x = 0; x < plane.columns; x++) ctx.lineTo(frame.x + ((x + 0.5) / plane.columns) * frame.w, at(this.value(plane, x, y)));
+    ctx.stroke();
+    for (const hu of [level - half, level + half]) this.text(ctx, `${Math.round(hu)} HU`, 10 * scale, at(hu), scale, { size: 10.5, colour: "#ffd60a" });
+  }
+
   drawRegion(ctx, plane, frame, scale) {
     const { from, to } = this.region;
     const at = ([x, y]) => [frame.x + (x / plane.columns) * frame.w, frame.y + (y / plane.rows) * frame.h];
@@ -767,7 +801,7 @@ class Viewer {
     if (layer.minus === undefined) this.text(ctx, `W ${state.width} L ${state.level}${state.invert ? " inv" : ""}`, width - edge, height - 14 * scale, scale, ends);
     if (!small) this.text(ctx, `${dx.toFixed(2)} × ${dy.toFixed(2)} × ${dz.toFixed(2)} mm`, width - edge, height - 14 * scale - line, scale, ends);
     if (layer.minus !== undefined) this.bar(ctx, width - edge - 110 * scale, height - 22 * scale, 110 * scale, scale, `-${this.rangeHu}`, `+${this.rangeHu} HU`, (share) => this.differences[32768 + Math.round((2 * share - 1) * this.rangeHu)]);
-    else if (scan.heat && !state.no_heat && !small) this.bar(ctx, edge, height - 46 * scale, 110 * scale, scale, "0", scan.heat.label, (share) => this.heatColours[Math.round(255 * share)]);
+    else if (scan.heat && !state.no_heat) this.bar(ctx, edge, height - 46 * scale, 110 * scale, scale, "0", scan.heat.label, (share) => this.heatColours[Math.round(255 * share)]);
     this.ruler(ctx, frame, width, height, scale);
   }
 
@@ -870,6 +904,7 @@ class Viewer {
       b.setAttribute("aria-pressed", Boolean(preset && preset[1] === state.width && preset[2] === state.level));
     }
     this.toolButtons.invert.setAttribute("aria-pressed", state.invert);
+    this.toolButtons.profile.setAttribute("aria-pressed", Boolean(state.profile));
     for (const [name, b] of Object.entries(this.overlayButtons))
       b.setAttribute("aria-pressed", !state[`no_${name}`] && (name === "heat" || state.lesions));
     let reading = "Point at the image to read HU; ? shows the keys";

@@ -77,7 +77,7 @@ class View:
     go: tuple[int, str] | None = None  # (slice, why): go there once for every why
     differences: Sequence[tuple[str, str]] = ()  # names of layers but the truth's: what, less what
     range_hu: float = 20.0  # of differences, at full colour
-    panes: int = 1
+    panes: Sequence[str] = ()  # names of layers and differences to open with; none: the first layer
     link: bool = False  # keep the slice in the address of the page
     presets: Sequence[tuple[str, float, float]] = field(default=PRESETS)
 
@@ -163,7 +163,7 @@ def pack(view: View) -> bytes:
         "start": view.start,
         "go": view.go,
         "range_hu": view.range_hu,
-        "panes": view.panes,
+        "panes": [[layer["name"] for layer in layers].index(name) for name in view.panes],
         "link": view.link,
         "presets": view.presets,
         "notice": NOTICE.upper(),

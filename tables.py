@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 import comparisons
 import detectability
@@ -225,6 +226,29 @@ def segmentation(study: Study) -> list[dict]:
     return rows
 
 
+def volumes(study: Study) -> list[dict]:
+    """True and found volume of scans with a lesion, their mean and difference (Bland and Altman 1986)."""
+    rows = []
+    for one in study.outlines:
+        for condition in study.design.conditions():
+            if condition.noise_seed != study.design.noise_seeds[0]:
+                continue
+            series = study.places(study.subset(one.denoiser), "scan")
+            for number, report in zip(series, _reports(study, one, condition), strict=True):
+                truth_ml, found_ml = report["truth_ml"], report["predicted_ml"]
+                if truth_ml > 0:
+                    rows.append(
+                        {"segmenter": one.segmenter.path.name}
+                        | {"denoiser": "none" if one.denoiser is None else one.denoiser.path.name}
+                        | {"dose_model": condition.dose_model, "dose": condition.dose}
+                        | {"series_uid": study.pack.series[number]["series_uid"]}
+                        | {"patient": study.patients["scan"][number]}
+                        | {"truth_ml": truth_ml, "found_ml": found_ml}
+                        | {"mean_ml": (truth_ml + found_ml) / 2, "error_ml": found_ml - truth_ml}
+                    )
+    return rows
+
+
 def _reports(study: Study, one: Outline, condition: Condition) -> list[dict[str, Any]]:
     """lesions.case_report of each scan that is read."""
     cell = Cell(condition, one.denoiser, "segmenter", one.segmenter, study.subset(one.denoiser))
@@ -255,19 +279,57 @@ def _estimates(found: dict[str, comparisons.Estimate]) -> dict[str, float]:
 
 
 def dose_response(study: Study) -> list[dict]:
-    """Each family at each dose and level: AUC, sensitivity, specificity, and the AUC of position alone."""
+    """Each family at each dose and level: AUC, sensitivity, specificity, and the AUC of position alone.
+
+    tp, fn, tn, fp: calls of each network at its stored threshold, the mean over networks."""
     rows = []
     for family, level, model, dose, shown in _each(study):
         reading = study.family_reading(family, shown.conditions, level)
-        targets = reading.known[0]
+        targets, found = reading.known[0], comparisons.estimates(reading)
+        (hits, _, _, _, sick), (passed, _, _, _, well) = found["sens"], found["spec"]
         rows.append(
             study.subject(family, level, model, dose)
             | {"n_networks": len(study.families[family]), "n": len(targets), "n_positive": int(targets.sum())}
             | {"n_patients": len(np.unique(reading.known[2]))}
-            | _estimates(comparisons.estimates(reading))
+            | _estimates(found)
+            | {"tp": hits * sick, "fn": (1 - hits) * sick, "tn": passed * well, "fp": (1 - passed) * well}
             | {"auc_null": study.null_auc(family, level)}
         )
     return rows
+
+
+CURVE_RATES = np.linspace(0, 1, 101)  # as fine as a screen shows; of thousands of slices no more is needed
+ROUND = 4  # digits of what is drawn and not computed with
+
+
+def curves(study: Study) -> list[dict]:
+    """ROC and precision-recall curves of each family at each dose and level, the mean over its networks.
+
+    At each rate: the sensitivity where at most that share of negatives is called positive, and the precision
+    where at least that share of positives is. Both are steps; a class that is absent has no curve."""
+    rows = []
+    for family, level, model, dose, shown in _each(study):
+        targets, scores, _ = study.family_reading(family, shown.conditions, level).known
+        if len(set(targets.tolist())) < 2 or np.isnan(scores).any():
+            continue
+        about = {"task": family.task, "arm": study.labels[family], "level": level}
+        about |= {"dose_model": model, "dose": dose}
+        found = np.mean([_curves(targets, own) for own in scores], axis=0).round(ROUND)
+        rows += [
+            about | {"rate": round(rate, ROUND), "sensitivity": sensitivity, "precision": precision}
+            for rate, sensitivity, precision in zip(CURVE_RATES.tolist(), *found.tolist(), strict=True)
+        ]
+    return rows
+
+
+def _curves(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(2, rates): sensitivity at most at each rate of false positives, precision at least at each recall."""
+    alarms, hits, _ = roc_curve(targets, scores, drop_intermediate=False)
+    sensitivity = hits[np.searchsorted(alarms, CURVE_RATES + 1e-9, side="right") - 1]
+    precision, recall, _ = precision_recall_curve(targets, scores)
+    # beyond recall 0, whose precision is 1 by convention alone
+    place = np.searchsorted(recall[::-1], np.maximum(CURVE_RATES - 1e-9, 1e-9))
+    return np.array([sensitivity, precision[::-1][place]])
 
 
 def against_reference(study: Study) -> list[dict]:
@@ -348,24 +410,50 @@ def strata(study: Study) -> list[dict]:
     return rows
 
 
-def flips(study: Study) -> list[dict]:
-    """Scans whose call changes between the highest dose and a lower one, within each family.
+CHANGES = ("lost", "gained")  # of comparisons.Flips
 
-    None of a family in which a network has no threshold, and so calls nothing."""
-    rows = []
+
+def _lower(study: Study) -> Iterator[tuple]:
+    """Every family, dose model and dose below the highest; its scans as read there and here; what flips.
+
+    No flips, None, where a network has no threshold, and so calls nothing."""
     for family, level, model, dose, shown in _each(study):
-        if level != PRIMARY_LEVEL or dose == study.design.reference(model):
-            continue
-        highest = study.ladder(family, model)[0][1]
-        before, after = (study.family_reading(family, one.conditions, level) for one in (highest, shown))
-        if np.isnan(before.thresholds).any():
-            continue
-        found = comparisons.flips(before, after)
-        for change, own in (("lost", found.lost), ("gained", found.gained)):
-            for flip in own:
+        if level == PRIMARY_LEVEL and dose != study.design.reference(model):
+            both = study.ladder(family, model)[0][1], shown
+            readings = [study.family_reading(family, one.conditions, level) for one in both]
+            uncalled = np.isnan(readings[0].thresholds).any()
+            yield family, model, dose, readings, None if uncalled else comparisons.flips(*readings)
+
+
+def flips(study: Study) -> list[dict]:
+    """Scans whose call changes between the highest dose and a lower one, within each family."""
+    rows = []
+    for family, model, dose, _, found in _lower(study):
+        for change in CHANGES if found else ():
+            for flip in getattr(found, change):
                 series = study.pack.series[flip.row]["series_uid"]
-                about = study.subject(family, level, model, dose) | {"change": change, "series_uid": series}
+                about = study.subject(family, PRIMARY_LEVEL, model, dose)
+                about |= {"change": change, "series_uid": series}
                 rows.append(about | flip._asdict() | {"mcnemar_p": found.p})
+    return rows
+
+
+def scan_scores(study: Study) -> list[dict]:
+    """What each family says of every scan, at each lower dose beside the highest: means over its networks.
+
+    change: of the call, as in flips; kept: it is the same, unknown: there is no threshold."""
+    rows = []
+    for family, model, dose, readings, found in _lower(study):
+        changes = {flip.row: name for name in CHANGES if found for flip in getattr(found, name)}
+        high, low = (own.scores.mean(axis=0).round(ROUND).tolist() for own in readings)
+        targets = readings[0].targets
+        rows += [
+            {"task": family.task, "arm": study.labels[family], "dose_model": model, "dose": dose}
+            | {"series_uid": study.pack.series[row]["series_uid"], "target": int(targets[row])}
+            | {"score_reference": high[row], "score": low[row]}
+            | {"change": changes.get(row, "kept") if found else "unknown"}
+            for row in np.flatnonzero(~np.isnan(targets)).tolist()
+        ]
     return rows
 
 
@@ -427,15 +515,18 @@ def stress(study: Study) -> list[dict]:
 TABLES: dict[str, Callable[[Study], list[dict]]] = {
     "experiments": network_rows,
     "dose_response": dose_response,
+    "curves": curves,
     "against_reference": against_reference,
     "verdicts": verdicts,
     "between_arms": between_arms,
     "strata": strata,
     "flips": flips,
+    "scan_scores": scan_scores,
     "calibration": calibration,
     "image_quality": image_quality,
     "noise_spectra": noise_spectra,
     "segmentation": segmentation,
+    "volumes": volumes,
     "stress": stress,
 }
 NAMES = (*TABLES, "seeds", "external")

@@ -20,6 +20,7 @@ from streamlit.testing.v1 import AppTest
 import anatomy
 import app
 import app_cases
+import app_charts
 import app_data
 import app_files
 import app_results
@@ -29,13 +30,19 @@ import app_words
 import canvas
 import checkpoints
 import dataset
+import detectability
 import display
+import figures
+import lesions
 import metrics
 import models
 import stage
 import tables
 from inference import classify, denoise, load_classifier, load_denoiser
 from low_dose import LowDose
+from scoring import write_table
+from tests.test_tables import noisy_truth, others
+from tests.toy_study import ToyPack, change, classifier, denoiser, toy_study
 from volumes import Scan, write_nifti
 
 ROOT = Path(app.__file__).parent
@@ -87,10 +94,10 @@ def write_data(data: Path, *scans: Scan) -> None:
     stage.write_json(data / "splits.json", {"patients": patients, "hash": "abc"})
 
 
-def write_checkpoint(folder: Path, name: str, kind: str, **facts) -> None:
+def write_checkpoint(folder: Path, name: str, kind: str, widths: tuple[int, ...] = (2, 4), **facts) -> None:
     torch.manual_seed(0)
     if kind == "denoiser":
-        model, kwargs = "unet", {"widths": [2, 4]}
+        model, kwargs = "unet", {"widths": list(widths)}
     else:
         model, kwargs = "resnet18", {"classes": ["stroke"], "width": 2}
         thresholds = {"slice": {"value": 0.5, "origin": "val"}, "scan": {"value": None, "origin": "val"}}
@@ -465,10 +472,11 @@ def test_every_page_with_everything_shows_no_error(full):
         assert not at.info or title == "Overview", title  # which says what the study left out
 
 
-def test_first_page_without_results_needs_no_torch():
-    code = "import sys, app, app_results, app_words; print('torch' in sys.modules, app_words.NOTICE)"
+def test_first_page_without_results_needs_neither_torch_nor_scipy():
+    code = "import sys, app, app_results, app_words; "
+    code += "print({'torch', 'scipy.stats', 'scipy.ndimage'} & {*sys.modules} or app_words.NOTICE)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout.strip() == f"False {display.NOTICE}", done.stderr
+    assert done.stdout.strip() == display.NOTICE, done.stderr
 
 
 def test_app_with_an_unknown_option_says_so_in_one_line_and_with_help_shows_it(monkeypatch, tmp_path):
@@ -496,7 +504,7 @@ def test_overview_shows_what_was_measured_and_with_what(full):
     assert shown["Test patients"] == "3" and shown["Test slices"] == "24"
     assert shown["Doses (lambda)"] == "5, 10"
     text = words(at)
-    assert "At lambda 5 (12.5 %) the AUC per slice is 0.81 (0.70 to 0.90) with pipeline 1" in text
+    assert "At lambda 5 (12.5 %) the AUC per scan is 0.81 (0.70 to 0.90) with pipeline 1" in text
     assert "python run_experiments.py --doses 5 10" in text
     assert "01234567" in text and "changed since" in text  # the checkpoint is not the one that was measured
     assert r"no\_such.pt is missing" in text
@@ -508,7 +516,7 @@ def test_overview_where_the_study_answers_says_what_it_says(tmp_path):
     content["manifest"]["answer"] = ["Inconclusive: 3 patients."]
     path.write_text(json.dumps(content))
     at = open_page("Overview", tmp_path)
-    assert "Inconclusive: 3 patients." in words(at) and "AUC per slice is" not in words(at)
+    assert "Inconclusive: 3 patients." in words(at) and "AUC per scan is" not in words(at)
 
 
 def test_experiments_shows_the_numbers_of_one_dose_and_the_table(full):
@@ -524,16 +532,109 @@ def test_experiments_shows_the_numbers_of_one_dose_and_the_table(full):
     assert table["psnr"].isna().all()
 
 
-def test_experiments_at_scan_level_shows_the_rows_of_scans(tmp_path):
+def test_experiments_at_slice_level_shows_the_rows_of_slices(tmp_path):
     rows = result_rows()
     for row in rows:
-        row["auc"] = 0.6 if row["level"] == "slice" else 0.9
+        row["auc"] = 0.6 if row["level"] == "scan" else 0.9
     write_results(tmp_path / "results", rows)
     at = open_page("Experiments", tmp_path)
     assert set(at.dataframe[0].value["auc"]) == {0.6}
-    at.segmented_control(key="level").set_value("scan").run()
+    at.segmented_control(key="level").set_value("slice").run()
     assert not at.exception
     assert set(at.dataframe[0].value["auc"]) == {0.9}
+
+
+@pytest.fixture(scope="module")
+def study_results(tmp_path_factory) -> Path:
+    """What run_experiments.py writes of a study of two networks an arm and a segmenter."""
+    truth = np.zeros((10, 1, 4, 4), np.uint8)
+    truth[1::2, :, :2] = 5
+    pack = ToyPack([0, 1] * 5, mask=truth[:, 0])
+
+    def outlined(cell):
+        found = truth.copy()
+        found[:, :, 0] = 0  # half of every lesion is missed
+        return [stage.plain(lesions.case_report(*pair, (5, 1, 1))) for pair in zip(truth, found, strict=True)]
+
+    study = toy_study(
+        *(pack, noisy_truth(pack), [classifier(f"classifier.seed{seed}", seed=seed) for seed in (1, 2)]),
+        *([denoiser()], [classifier("segmenter")]),
+        others=others(pack, outlined),
+    )
+    root = tmp_path_factory.mktemp("study")
+    write_results(root / "results", stage.plain(tables.network_rows(study)))
+    for name in ("dose_response", "curves", "scan_scores", "image_quality", "segmentation", "volumes"):
+        rows = tables.TABLES[name](study)
+        write_table(root / "results/tables" / f"{name}.csv", list(rows[0]), rows)
+    return root
+
+
+def test_overview_has_one_line_for_each_arm_and_a_row_for_each_dose(study_results):
+    at = open_page("Overview", study_results)
+    assert not at.exception and not at.error
+    table = at.dataframe[0].value
+    assert [name for name in table.columns if name.startswith("AUC")] == [
+        "AUC per scan, 1",
+        "AUC per scan, 2",
+    ]
+    assert len(table) == 3
+    study = pd.read_csv(study_results / "results/tables/dose_response.csv", dtype={"arm": str})
+    row = study[(study["arm"] == "1") & (study["level"] == "scan") & (study["dose"] == 0.1)].iloc[0]
+    assert table["AUC per scan, 1"][0] == f"{row['auc']:.2f} ({row['auc_low']:.2f} to {row['auc_high']:.2f})"
+    assert table["Dice"][0] == "0.67 → 0.67"
+
+
+def test_experiments_shows_curves_calls_scans_and_volumes_of_the_chosen_dose(study_results, monkeypatch):
+    drawn = {}
+
+    def spy(name):
+        draw = getattr(app_charts, name)
+        monkeypatch.setattr(
+            app_charts, name, lambda *given: drawn.setdefault(name, []).append(given) or draw(*given)
+        )
+
+    for name in ("dose_curve", "roc", "precision_recall", "confusion", "score_scatter", "bland_altman"):
+        spy(name)
+    at = open_page("Experiments", study_results)
+    assert not at.exception and not at.error
+    assert {metric.label for metric in at.metric} >= {"AUC, pipeline 1", "AUC, pipeline 2"}
+    assert set(drawn["dose_curve"][0][0]["line"]) == {"1", "2"}  # and not a line for each network
+    (curve,) = drawn["roc"][0]
+    assert set(curve["dose"]) == {0.1} and set(curve["level"]) == {"scan"} and len(curve) == 2 * 101
+    for (row,) in drawn["confusion"]:
+        assert row["tp"] + row["fn"] == row["tn"] + row["fp"] == 5 and row["dose"] == 0.1
+    assert [len(own) for (own,) in drawn["score_scatter"]] == [10, 10]
+    assert drawn["score_scatter"][0][0]["link"].iloc[0] == "viewer?case=s0000&dose=0.1"
+    assert [len(own) for own, _ in drawn["bland_altman"]] == [5, 5]
+    drawn.clear()
+    at.segmented_control(key="glance").set_value(1.0).run()
+    assert not at.exception and not at.error
+    assert "score_scatter" not in drawn  # the highest dose beside itself
+    assert set(drawn["roc"][0][0]["dose"]) == {1.0} and len(drawn["confusion"]) == 2
+
+
+def test_experiments_with_a_table_of_another_version_says_so_in_one_line(study_results, tmp_path):
+    shutil.copytree(study_results, tmp_path / "all")
+    (tmp_path / "all/results/tables/curves.csv").write_text("arm,task\n1,stroke\n")
+    at = open_page("Experiments", tmp_path / "all")
+    assert not at.exception and len(at.error) == 1
+    assert "curves.csv" in at.error[0].value and "sensitivity" in at.error[0].value
+
+
+def test_confusion_of_calls_shows_counts_and_shares_of_their_truth():
+    row = pd.Series({"tp": 3, "fn": 1, "fp": 2, "tn": 6, "sens": 0.75, "spec": 0.75})
+    (data,) = app_charts.confusion(row).to_dict()["datasets"].values()
+    found = {(one["truth"], one["call"]): (one["count"], one["share"]) for one in data}
+    assert found == {
+        ("lesion", "positive"): (3, 0.75),
+        ("lesion", "negative"): (1, 0.25),
+        ("normal", "positive"): (2, 0.25),
+        ("normal", "negative"): (6, 0.75),
+    }
+
+
+def test_colours_of_arms_are_those_of_the_report():
+    assert (app_words.ARM_COLOURS, app_words.OTHER_COLOURS) == (figures.ARM_COLOURS, figures.OTHER_COLOURS)
 
 
 def test_experiments_of_several_dose_models_shows_one_at_a_time(tmp_path):
@@ -616,6 +717,39 @@ def test_viewer_with_everything_gives_the_canvas_every_layer_and_pipeline(full, 
         f"patient_s2 · haemorrhage (subdural) · {SLICES} slices · test",
     ]
     assert "seed 7" in words(at)  # of the results, not the default
+
+
+def test_viewer_with_two_denoisers_compares_them(full, spy, tmp_path):
+    shutil.copytree(full, tmp_path / "all")
+    models = tmp_path / "all/models"
+    change(models / "denoiser.pt", models / "denoiser_b.pt", "head.bias", 0.1)
+    at = open_page("Viewer", tmp_path / "all")
+    assert "other" not in [layer.name for layer in viewed(at, spy).layers]
+    assert at.selectbox(key="other-denoiser").options == ["nothing", "denoiser_b.pt"]
+    at.selectbox(key="other-denoiser").set_value("denoiser_b.pt").run()
+    assert not at.error
+    view = viewed(at, spy)
+    layers = {layer.name: layer for layer in view.layers}
+    assert (layers["denoised"].model, layers["other"].model) == ("denoiser.pt", "denoiser_b.pt")
+    assert list(view.panes) == ["low", "denoised", "other", "other-denoised"]
+    assert view.differences[0] == ("other", "denoised")
+    assert np.abs(layers["other"].hu - layers["denoised"].hu).max() > 1
+    quality = next(frame.value for frame in at.dataframe if "rmse_hu" in frame.value)
+    assert quality["Image"].tolist() == ["Low dose", "Denoised", "Other denoiser"]
+    assert len(set(quality["rmse_hu"])) == 3
+
+
+def test_viewer_measures_the_noise_of_each_image(full, spy):
+    at = open_page("Viewer", full, case="s2", dose="5")
+    assert not at.exception and not at.error
+    table = next(frame.value for frame in at.dataframe if "sd" in frame.value).set_index("Image")
+    low = {layer.name: layer.hu for layer in viewed(at, spy).layers}["low"]
+    series = app_data.read_series(full / "data/test/s2", SIZE)
+    brain = anatomy.brain_mask(series.reference, series.spacing_mm)
+    flat = detectability.flat_tissue(series.reference, brain, series.spacing_mm[1])
+    expected = detectability.noise_sd(low, series.reference, flat, series.spacing_mm[1])
+    assert table.loc["Low dose", "sd"] == pytest.approx(expected) and expected > 5
+    assert table.loc["Low dose", "moved"] == 0 < table.loc["Denoised", "moved"] < 1
 
 
 def test_viewer_shows_the_very_images_of_the_study_and_their_error(full, spy):
@@ -801,6 +935,21 @@ def test_cases_read_by_the_networks_say_what_the_study_would(full, tmp_path):
     assert not at.exception and at.dataframe[0].value.empty
 
 
+def test_cases_read_by_networks_of_several_seeds_have_one_column_of_them(full, tmp_path):
+    shutil.copytree(full / "data", tmp_path / "data")
+    for seed, cut in ((1, 0.0), (2, 1.0), (3, 0.0)):
+        thresholds = {level: {"value": cut, "origin": "val"} for level in ("slice", "scan")}
+        write_checkpoint(
+            tmp_path / "models", f"classifier.seed{seed}", "classifier", input="clean", thresholds=thresholds
+        )
+    at = open_page("Cases", tmp_path)
+    next(button for button in at.button if button.label.startswith("Read 2 cases")).click().run()
+    assert not at.exception and not at.error
+    table = at.dataframe[0].value
+    assert [name for name in table.columns if name.startswith(("p ", "call "))] == ["p 1", "call 1"]
+    assert table["call 1"].tolist() == ["positive"] * 2  # two of three
+
+
 def test_cases_with_an_unreadable_series_lists_it_as_such(tmp_path):
     write_data(tmp_path / "data", make_scan("s1"), make_scan("s2"))
     (tmp_path / "data/test/s1/metadata.json").write_text("{")
@@ -913,6 +1062,24 @@ def test_own_scan_threshold_of_the_checkpoint_can_be_moved(full, spy, tmp_path):
     assert {metric.delta for metric in at.metric if "Probability" in metric.label} == {"below the threshold"}
     at.slider(key="own-threshold-classifier.pt").set_value(0.0).run()
     assert {metric.delta for metric in at.metric if "Probability" in metric.label} == {"above the threshold"}
+
+
+def test_own_scan_cancelled_is_asked_for_anew_and_not_half_done(full, spy, monkeypatch):
+    whole = app_scan.work
+
+    def cancelled(_scan, _request, _reference, progress, _known):
+        progress(0.4, "Denoising")
+        app_scan.cancel()  # what the button does; Streamlit then stops the script at its next word
+        app_scan.st.stop()
+
+    monkeypatch.setattr(app_scan, "work", cancelled)
+    at = open_page("Own scan", full)
+    next(button for button in at.button if button.label == "Denoise and read").click().run()
+    assert not at.exception and not at.error
+    monkeypatch.setattr(app_scan, "work", whole)
+    at.run()
+    assert [layer.name for layer in viewed(at, spy).layers] == ["full", "truth"]
+    assert "denoised" in [layer.name for layer in viewed(read_own(at), spy).layers]
 
 
 def test_own_scan_uploaded_is_read_and_leaves_nothing_behind(full, spy, tmp_path, monkeypatch):

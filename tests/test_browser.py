@@ -21,7 +21,16 @@ from PIL import Image
 
 from display import to_grey
 from tests.conftest import ROOT
-from tests.test_app import LPS, SIZE, SLICES, make_scan, write_data, write_models, write_results
+from tests.test_app import (
+    LPS,
+    SIZE,
+    SLICES,
+    make_scan,
+    write_checkpoint,
+    write_data,
+    write_models,
+    write_results,
+)
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (make test does)")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -33,6 +42,7 @@ WAIT_MS = 60_000  # for what takes a second on a machine that does nothing else
 BRAIN_HU, CLOT_HU = 35, 70
 BRAIN, CLOT = (SIZE // 2 - 9, SIZE // 2), (SIZE // 2, SIZE // 2 + 8)  # row and column, of flat surroundings
 LESION_SLICE = 4  # counts from 1
+SLOW = "denoiser_slow"  # it takes long enough for a click
 
 
 def exact(name: str, *, flipped: bool = False):
@@ -69,6 +79,7 @@ def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("browser")
     write_data(root / "data", exact("s1"), exact("s2", flipped=True))
     write_models(root / "models")
+    write_checkpoint(root / "models", SLOW, "denoiser", widths=(64, 128, 256))
     write_results(root / "results")
     port = free_port()
     options = [f"--{name}={root / name}" for name in ("data", "models", "results")]
@@ -297,9 +308,13 @@ def test_dose_slider_simulates_anew_and_less_dose_is_noisier(page):
 def test_link_opens_case_dose_and_slice(browser, server):
     page = browser.new_page()
     page.set_default_timeout(WAIT_MS)
+    refused = []
+    page.on("response", lambda answer: refused.append(answer.url) if answer.status >= 400 else None)
     page.goto(f"{server}/viewer?case=s2&dose=20&slice=2")
     root(page, ready="s2", slice=2)
     page.get_by_text("lambda 20 (50 %)").first.wait_for()
+    # Streamlit itself looks for its server below the address of the page before it looks below the root
+    assert set(refused) <= {f"{server}/viewer/_stcore/{name}" for name in ("health", "host-config")}
     page.close()
 
 
@@ -341,6 +356,27 @@ def test_pointer_reads_hu_and_millimetres(page):
     assert f"column {CLOT[1] + 1}, row {CLOT[0] + 1}" in text
 
 
+def test_profile_of_a_row_rises_where_the_clot_is(page):
+    open_viewer(page, "s1")
+    press(page, "l")
+    _, (x, y, width, height) = pixels(page)
+    row = y + (CLOT[0] + 0.5) / SIZE * height
+    page.locator(".pane canvas").first.hover(position={"x": x + 0.1 * width, "y": row})
+    drawn, _ = pixels(page)
+    top, bottom = 0.64 * len(drawn), 0.86 * len(drawn)  # of the profile in the view
+
+    def profile_hu(column: int) -> float:
+        strip = drawn[int(top) - 3 : int(bottom) + 3, int(x + (column + 0.5) / SIZE * width), :3].astype(int)
+        yellow = np.flatnonzero((strip[:, 0] > 180) & (strip[:, 2] < 100))
+        return 80 * (1 - (yellow.mean() - 3) / (bottom - top))
+
+    for column, hu in ((CLOT[1], CLOT_HU), (BRAIN[1], BRAIN_HU)):
+        assert abs(profile_hu(column) - hu) < 2  # a line of 1.5 pixels
+    press(page, "l")
+    without, _ = pixels(page)
+    assert (without != drawn).any()
+
+
 # ---------------------------------------------------------------- other pages, the server
 
 
@@ -377,6 +413,20 @@ def test_folder_of_a_real_tilted_scan_is_read_from_an_upload(page, real_data):
     assert int(shown.get_attribute("data-slices")) > 10
     image, _ = pixels(page)
     assert 20 < image[..., :3].mean() < 200 and image[..., 0].std() > 20
+
+
+def test_long_run_is_cancelled_and_the_page_goes_on(page):
+    page.get_by_role("link", name="Own scan").click()
+    root(page, axis="axial")
+    choose(page, "Denoiser", SLOW)
+    page.get_by_role("button", name="Denoise and read").click()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Denoise and read").wait_for()
+    page.get_by_test_id("stStatusWidget").wait_for(state="detached")
+    assert page.get_by_role("button", name="Denoised NIfTI").count() == 0
+    choose(page, "Denoiser", "denoiser.pt")
+    page.get_by_role("button", name="Denoise and read").click()
+    page.get_by_role("button", name="Denoised NIfTI").wait_for()
 
 
 @pytest.mark.parametrize(

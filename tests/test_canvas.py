@@ -101,8 +101,11 @@ def test_values_beyond_int16_are_clipped_and_not_wrapped():
 def test_differences_refer_to_the_layers_that_they_name_and_stand_before_the_truth():
     names = ("full", "low", "denoised", "truth")
     layers = [canvas.Layer(name, name.title(), np.zeros(SHAPE, np.int16)) for name in names]
-    view = make_view(layers=layers, differences=[("denoised", "full"), ("low", "full")])
-    found = unpack(canvas.pack(view))[0]["layers"]
+    panes = ["low", "denoised-full", "truth"]
+    view = make_view(layers=layers, differences=[("denoised", "full"), ("low", "full")], panes=panes)
+    header = unpack(canvas.pack(view))[0]
+    found = header["layers"]
+    assert [found[place]["name"] for place in header["panes"]] == panes
     assert [layer["name"] for layer in found] == [
         *("full", "low", "denoised"),
         *("denoised-full", "low-full"),

@@ -24,14 +24,24 @@ ORDER = (  # each imports only from its left
     *("calibration", "intervals", "metrics", "comparisons", "detectability", "lesions", "phantom"),
     *("volumes", "slice_files", "dicom_headers", "dicom_series", "dicom_output", "dicom_sets"),
     *("nifti_series", "array_sets", "picture_sets", "scans"),
-    *("dataset", "low_dose", "weights", "unet", "denoisers", "classical", "tiling"),
+    *("dataset", "batches", "low_dose", "weights", "unet", "denoisers", "classical", "tiling"),
     *("classifiers", "segmenters", "joint", "sequences", "models", "losses", "checkpoints"),
     *("display", "explain", "sheets", "runs", "training", "inference", "lesion_reading"),
     *("reading_inputs", "answers", "two_stage", "denoised"),
     *("scoring", "explained", "classified", "segmented"),
-    *("arms", "cells", "study", "tables", "figures", "gallery", "methods", "report"),
+    *("arms", "cells", "study", "tables", "figures", "gallery", "methods", "wording", "page", "report"),
     # the app: its arithmetic, then what needs Streamlit
-    *("own_scan", "app_words", "app_files", "canvas", "app_data", "app_results", "app_viewer", "app_cases"),
+    *(
+        "own_scan",
+        "app_words",
+        "app_files",
+        "canvas",
+        "app_data",
+        "app_charts",
+        "app_results",
+        "app_viewer",
+        "app_cases",
+    ),
     *("app_runs", "app_scan"),
 )
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}

@@ -182,6 +182,58 @@ def test_dose_response_of_several_seeds_is_their_mean_and_sd():
     assert row["n_networks"] == 3
 
 
+def test_dose_response_counts_the_calls_of_the_stored_threshold():
+    pack = ToyPack(toy_targets())
+    readers = [classifier(f"c.seed{seed}", seed=seed, threshold=0.3 + seed / 10) for seed in (1, 2)]
+    study = toy_study(pack, noisy_truth(pack), readers)
+    truth = np.array([math.nan if target is None else target for target in toy_targets()])
+    for row in tables.dose_response(study):
+        condition = study.at("projection", row["dose"])[0]
+        called = np.mean(
+            [
+                study.answer(arm, condition)["scan"] >= 0.3 + place / 10
+                for place, arm in enumerate(study.arms, 1)
+            ],
+            axis=0,
+        )
+        expected = [called[truth == 1].sum(), (1 - called)[truth == 1].sum()]
+        expected += [(1 - called)[truth == 0].sum(), called[truth == 0].sum()]
+        assert [row[name] for name in ("tp", "fn", "tn", "fp")] == pytest.approx(expected)
+
+
+def test_curves_are_the_best_of_all_thresholds_and_the_mean_of_the_networks():
+    pack = ToyPack([0, 1, 1] * 9)
+    readers = [classifier(f"c.seed{seed}", seed=seed) for seed in (1, 2)]
+    study = toy_study(pack, noisy_truth(pack), readers)
+    sick = np.array([0, 1, 1] * 9) == 1
+    rows = [row for row in tables.curves(study) if (row["dose"], row["level"]) == (0.5, "scan")]
+    assert [row["rate"] for row in rows] == pytest.approx(np.linspace(0, 1, 101))
+    all_scores = [study.answer(arm, study.at("projection", 0.5)[0])["scan"] for arm in study.arms]
+    for row in rows:
+        sensitivity, precision = [], []
+        for scores in all_scores:
+            cuts = [(scores >= cut) for cut in [*scores, 2.0]]
+            few = [called for called in cuts if called[~sick].mean() <= row["rate"] + 1e-9]
+            sensitivity.append(max(called[sick].mean() for called in few))
+            most = max(row["rate"] - 1e-9, 1e-9)
+            # the highest threshold that finds so many
+            first = min((c for c in cuts if c[sick].mean() >= most), key=lambda called: called.sum())
+            precision.append(sick[first].mean())
+        assert row["sensitivity"] == pytest.approx(np.mean(sensitivity), abs=1e-4)
+        assert row["precision"] == pytest.approx(np.mean(precision), abs=1e-4)
+
+
+def test_curves_enclose_the_area_of_the_table_beside_them():
+    pack = ToyPack([0, 1] * 100)  # a rate for each negative
+    study = toy_study(pack, noisy_truth(pack), ONE)
+    areas = {(row["dose"], row["level"]): row["auc"] for row in tables.dose_response(study)}
+    for (dose, level), area in areas.items():
+        own = [row for row in tables.curves(study) if (row["dose"], row["level"]) == (dose, level)]
+        assert np.mean([row["sensitivity"] for row in own[:-1]]) == pytest.approx(
+            area, abs=0.01
+        )  # ties: half
+
+
 def test_reference_is_no_test_of_its_family_and_holm_counts_the_others():
     pack = ToyPack([0, 1] * 30)
     study = toy_study(pack, noisy_truth(pack), ONE, ladders={"projection": [1.0, 0.1], "calibrated": [40.0]})
@@ -284,6 +336,33 @@ def test_flips_are_the_calls_that_changed_and_no_others():
     by_scan = {row["series_uid"]: row for row in rows}
     assert (by_scan["s0001"]["score_reference"], by_scan["s0001"]["score"]) == (0.9, 0.1)
     assert by_scan["s0001"]["patient"] == "p0001"
+
+
+def test_scan_scores_hold_every_known_scan_and_mark_the_flips():
+    pack = ToyPack(toy_targets())
+    readers = [classifier(f"c.seed{seed}", seed=seed) for seed in (1, 2)]
+    study = toy_study(pack, noisy_truth(pack), readers)
+    rows = tables.scan_scores(study)
+    known = [number for number, target in enumerate(toy_targets()) if target is not None]
+    assert len(rows) == 2 * len(known)
+    for row in rows:
+        number = int(row["series_uid"][1:])
+        assert row["target"] == toy_targets()[number]
+        for name, dose in (("score_reference", 1.0), ("score", row["dose"])):
+            condition = study.at("projection", dose)[0]
+            said = [study.answer(arm, condition)["scan"][number] for arm in study.arms]
+            assert row[name] == pytest.approx(np.mean(said), abs=1e-4)
+    flipped = {
+        (row["dose"], row["series_uid"], row["change"]) for row in rows if row["change"] in ("lost", "gained")
+    }
+    assert flipped == {(row["dose"], row["series_uid"], row["change"]) for row in tables.flips(study)}
+    assert flipped and {row["change"] for row in rows} == {"lost", "gained", "kept"}
+
+
+def test_scan_scores_without_a_threshold_know_no_change():
+    pack = ToyPack([0, 1] * 5)
+    study = toy_study(pack, noisy_truth(pack), [classifier(threshold=None)])
+    assert {row["change"] for row in tables.scan_scores(study)} == {"unknown"}
 
 
 def test_flips_of_a_subset_are_of_its_patients():
@@ -412,7 +491,14 @@ def test_segmentation_gains_what_the_denoiser_adds_on_the_same_scans():
         assert row["n_cases"] == (6 if name == "tv" else 10)
         assert row["dice"] == pytest.approx(2 / 3 if name == "none" else 1)
         assert row["dice_gain"] == pytest.approx(math.nan if name == "none" else 1 / 3, nan_ok=True)
-    check_whole({"segmentation": list(rows.values())})
+    volumes = tables.volumes(study)
+    check_whole({"segmentation": list(rows.values()), "volumes": volumes})
+    assert {row["patient"] for row in volumes} <= {f"p{number:04d}" for number in range(1, 10, 2)}
+    for (dose, name), row in rows.items():
+        own = [one for one in volumes if (one["dose"], one["denoiser"]) == (dose, name)]
+        assert len(own) == row["n_positive"]
+        assert np.mean([one["error_ml"] for one in own]) == pytest.approx(row["volume_error_ml"])
+        assert all(one["mean_ml"] == one["truth_ml"] + one["error_ml"] / 2 for one in own)
 
 
 # ---------------------------------------------------------------- other test sets
