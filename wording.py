@@ -135,15 +135,18 @@ def _denoising_sentence(task: str, model: str, rows: Sequence[dict]) -> list[str
     parts = []
     for arm in dict.fromkeys(row["arm"] for row in own):
         mine = [row for row in own if row["arm"] == arm]
-        changes = [
-            f"{NAMES[row['kind']]} {'higher' if row['estimate'] > 0 else 'lower'} at "
-            f"{dose_words(model, row['dose'])} ({signed(row['estimate'])})"
-            for row in mine
-            if row["p_holm"] < SIGNIFICANT
-        ]
+        shown_at: dict[str, list[str]] = {}
+        for row in mine:
+            if row["p_holm"] < SIGNIFICANT:
+                what = f"{NAMES[row['kind']]} {'higher' if row['estimate'] > 0 else 'lower'}"
+                at = f"{dose_words(model, row['dose'])} ({signed(row['estimate'])})"
+                shown_at.setdefault(what, []).append(at)
+        changes = [f"{what} at {', '.join(at)}" for what, at in shown_at.items()]
         rest = "no other difference was shown" if changes else "no difference was shown at any dose"
-        parts.append(f"arm {arm} against arm {mine[0]['against']}: {', '.join([*changes, rest])}")
-    return [f"Does denoising help? {task.capitalize()}, {'; '.join(parts)} (Holm, p < {SIGNIFICANT:g})."]
+        parts.append(f"{arm} against arm {mine[0]['against']}: {'; '.join([*changes, rest])}")
+    return [
+        f"Does denoising help? {task.capitalize()}, arm {'. Arm '.join(parts)} (Holm, p < {SIGNIFICANT:g})."
+    ]
 
 
 def _image_sentence(rows: Sequence[dict]) -> str:

@@ -101,9 +101,11 @@ def test_denoising_helps_only_where_holm_says_so():
         return DENOISED | {"task": "stroke", "dose_model": "projection", "level": "scan"} | more
 
     rows = [row("auc", 0.1, 0.2, 0.01), row("spec", 0.1, -0.3, 0.04), row("auc", 0.5, 0.4, 0.06)]
-    _, line = sentences([passed()], [*rows, row("sens", 0.5, 0.4, NAN)])
+    rows += [row("sens", 0.5, 0.4, NAN), row("auc", 0.05, 0.3, 0.01)]
+    _, line = sentences([passed()], rows)
     assert (
-        "arm 2 against arm 1: AUC higher at 10 % (+0.20), specificity lower at 10 % (-0.30), no other" in line
+        "arm 2 against arm 1: AUC higher at 10 % (+0.20), 5 % (+0.30); specificity lower at 10 % (-0.30); "
+        "no other difference was shown (Holm" in line
     )
     _, line = sentences([passed()], [row("auc", 0.1, 0.2, 0.5)])
     assert "no difference was shown at any dose" in line
