@@ -16,7 +16,6 @@ import argparse
 import multiprocessing
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import engine
+
 import prepare_dataset
 import runs
 import split_dataset
@@ -66,16 +67,11 @@ class NpzSlices(Dataset):
         return torch.from_numpy(hu.copy())[None], self.targets[index]
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, for differences."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
-
-
 class Waiting:
-    """Batches, and the time that went by before each of them was there."""
+    """Batches, and how long was waited for them in each epoch."""
 
     def __init__(self, batches: Batches):
-        self.batches, self.waited = batches, 0.0
+        self.batches, self.waited = batches, []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.batches, name)
@@ -85,10 +81,11 @@ class Waiting:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         drawn = self.batches.epoch(epoch, start)
+        self.waited.append(0.0)
         while True:
-            began = clock(self.batches.device)
+            began = engine.clock(self.batches.device)
             batch = next(drawn, None)
-            self.waited += clock(self.batches.device) - began
+            self.waited[-1] += engine.clock(self.batches.device) - began
             if batch is None:
                 return
             yield batch
@@ -100,18 +97,18 @@ def plain_loop(model: nn.Module, data: Path, batch_size: int, device: torch.devi
     loader = DataLoader(NpzSlices(data), batch_size, shuffle=True, drop_last=True)
     speeds, shares = [], []
     for _ in range(EPOCHS):
-        began, waited = clock(device), 0.0
+        began, waited = engine.clock(device), 0.0
         drawn = iter(loader)
         for _ in range(len(loader)):
-            asked = clock(device)
+            asked = engine.clock(device)
             hu, targets = next(drawn)
-            waited += clock(device) - asked
+            waited += engine.clock(device) - asked
             loss = masked_bce_loss(model(hu.to(device)), targets.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             loss.item()
-        spent = clock(device) - began
+        spent = engine.clock(device) - began
         speeds.append(len(loader) * batch_size / spent)
         shares.append(waited / spent)
     return {"images_per_s": max(speeds[1:]), "waiting": min(shares[1:])}
@@ -121,39 +118,14 @@ def ours(model: nn.Module, data: Path, batch_size: int, device: torch.device, si
     pack = load_pack(data, "train", size)
     targets = task_targets("stroke", pack.labels)
     batches = Waiting(Batches(pack, batch_size=batch_size, seed=0, device=device, targets=targets))
-    times, waits = [clock(device)], [0.0]
 
     def loss_fn(network: training.Network, batch: Batch) -> torch.Tensor:
         return masked_bce_loss(network(augment(batch.hu, batch.seeds)), batch.targets)
 
-    def validate(_: nn.Module) -> dict[str, float]:
-        times.append(clock(device))
-        waits.append(batches.waited)
-        return {"score": 0.0}
-
-    options = training.Options(
-        EPOCHS,
-        LR,
-        precision=training.pick_precision("auto", device),
-        compile=training.pick_compile("auto", device),
-    )
-    with tempfile.TemporaryDirectory() as name:
-        training.fit(
-            model,
-            loss_fn,
-            batches,
-            lambda: validate,
-            options=options,
-            facts={},
-            paths=runs.run_paths(Path(name), "net"),
-            config={},
-            select=("score", "max"),
-            device=device,
-        )
-    spent = np.diff(times)
+    seconds = engine.fit(model, loss_fn, batches, engine.picked(EPOCHS, LR, device), device).seconds
     return {
-        "images_per_s": max(len(batches) * batch_size / spent[1:]),
-        "waiting": float(np.min(np.diff(waits)[1:] / spent[1:])),
+        "images_per_s": max(len(batches) * batch_size / seconds[1:]),
+        "waiting": float(np.min(np.array(batches.waited[1:]) / seconds[1:])),
     }
 
 

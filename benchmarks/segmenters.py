@@ -19,7 +19,6 @@ import importlib.util
 import multiprocessing
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,6 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import engine
+
 import prepare_dataset
 import runs
 import split_dataset
@@ -51,14 +52,6 @@ MONAI = "MONAI: BasicUNet, plain loop, fp32"
 OURS = "ours: unet, training.fit"
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, for differences."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def windowed(pack: Pack, rows: slice) -> torch.Tensor:
     """(B, 1, H, W) 0..1 over the brain window."""
     return window_hu(torch.from_numpy(np.array(pack.image[rows])).float()[:, None], *BRAIN_WINDOW)
@@ -68,9 +61,9 @@ def shortest_reading(read: Callable[[], object], device: torch.device) -> float:
     """Seconds of the quickest of READINGS after the first."""
     seconds = []
     for _ in range(READINGS):
-        began = clock(device)
+        began = engine.clock(device)
         read()
-        seconds.append(clock(device) - began)
+        seconds.append(engine.clock(device) - began)
     return min(seconds[1:])
 
 
@@ -87,20 +80,20 @@ def monai(pack: Pack, widths: list[int], batch_size: int, device: torch.device) 
     loader = DataLoader(slices, batch_size, shuffle=True, drop_last=True)
     seconds = []
     for _ in range(EPOCHS):
-        began = clock(device)
+        began = engine.clock(device)
         for images, wanted in loader:
             loss = loss_function(model(images.to(device)), wanted.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             loss.item()
-        seconds.append(clock(device) - began)
+        seconds.append(engine.clock(device) - began)
     model.eval()
 
     def read() -> np.ndarray:
         with torch.inference_mode():
             images = windowed(pack, slice(SLICES)).to(device)
-            at_once = max(1, PIXELS_AT_ONCE // pack.size**2)
+            at_once = max(1, PIXELS_AT_ONCE[device.type] // pack.size**2)
             logits = sliding_window_inference(images, (pack.size, pack.size), at_once, model)
             return (logits.sigmoid() >= 0.5).cpu().numpy()
 
@@ -111,39 +104,16 @@ def ours(pack: Pack, widths: list[int], batch_size: int, device: torch.device) -
     model = build_model("unet", kind="segmenter", widths=widths)
     batches = Batches(pack, batch_size=batch_size, seed=0, device=device)
     inputs = ReadingInputs(pack, None, [])
-    times = [clock(device)]
 
     def loss_fn(network: training.Network, batch: Batch) -> torch.Tensor:
         hu, _ = inputs.draw(batch)
         return bce_dice_loss(network(hu), inputs.mask(batch))
 
-    def validate(_: nn.Module) -> dict[str, float]:
-        times.append(clock(device))
-        return {"score": 0.0}
-
-    options = training.Options(
-        EPOCHS,
-        LR,
-        precision=training.pick_precision("auto", device),
-        compile=training.pick_compile("auto", device),
-    )
-    with tempfile.TemporaryDirectory() as name:
-        training.fit(
-            model,
-            loss_fn,
-            batches,
-            lambda: validate,
-            options=options,
-            facts={},
-            paths=runs.run_paths(Path(name), "net"),
-            config={},
-            select=("score", "max"),
-            device=device,
-        )
+    epochs = engine.fit(model, loss_fn, batches, engine.picked(EPOCHS, LR, device), device)
     model = model.to(device).eval()
     scan = pack.image[np.arange(SLICES)]
     seconds = shortest_reading(lambda: segment(model, scan), device)
-    return model, {"epoch_s": float(np.diff(times)[1:].min()), "scan_s": seconds}
+    return model, {"epoch_s": float(epochs.seconds[1:].min()), "scan_s": seconds}
 
 
 WAYS = {MONAI: monai, OURS: ours}

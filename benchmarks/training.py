@@ -12,11 +12,8 @@ results/benchmark_training.json; fails if a loss is further from the plain one t
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -25,6 +22,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import engine
+
 import runs
 import stage
 import training
@@ -65,18 +64,13 @@ def loss_fn(network, batch: Batch) -> torch.Tensor:
     return rmse_loss(network(batch.hu + NOISE_HU * torch.stack(noise)), batch.hu, None)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, for differences."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
-
-
 def plain_loop(model: nn.Module, batches: Batches, options: training.Options, device: torch.device) -> list:
     """[(images per second, mean loss) of each epoch]."""
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
     epochs = []
     for epoch in range(options.epochs):
-        began, total = clock(device), 0.0
+        began, total = engine.clock(device), 0.0
         for step, batch in enumerate(batches.epoch(epoch)):
             done, steps = epoch * len(batches) + step, options.epochs * len(batches)
             for group in optimizer.param_groups:
@@ -87,36 +81,9 @@ def plain_loop(model: nn.Module, batches: Batches, options: training.Options, de
             nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
             optimizer.step()
             total += loss.item()
-        speed = len(batches) * batches.batch_size / (clock(device) - began)
+        speed = len(batches) * batches.batch_size / (engine.clock(device) - began)
         epochs.append((speed, total / len(batches)))
     return epochs
-
-
-def engine(model: nn.Module, batches: Batches, options: training.Options, device: torch.device) -> list:
-    """[(images per second, mean loss) of each epoch], the loop's own checkpoints and log counted in."""
-    times = [clock(device)]
-
-    def validate(_: nn.Module) -> dict[str, float]:
-        times.append(clock(device))
-        return {"score": 0.0}
-
-    with tempfile.TemporaryDirectory() as name:
-        paths = runs.run_paths(Path(name), "net")
-        training.fit(
-            model,
-            loss_fn,
-            batches,
-            lambda: validate,
-            options=options,
-            facts={},
-            paths=paths,
-            config={},
-            select=("score", "max"),
-            device=device,
-        )
-        losses = [json.loads(line)["train_loss"] for line in paths.log.read_text().splitlines()]
-    images = len(batches) * batches.batch_size
-    return [(images / seconds, loss) for seconds, loss in zip(np.diff(times), losses, strict=True)]
 
 
 def measure(name: str, width: int, slices: int, batch_size: int, device: torch.device, **options) -> dict:
@@ -125,8 +92,13 @@ def measure(name: str, width: int, slices: int, batch_size: int, device: torch.d
     torch.manual_seed(0)
     model = build_model("unet", widths=[width, 2 * width, 4 * width])
     batches = Batches(PhantomPack(slices), batch_size=batch_size, seed=0, device=device)
-    loop = plain_loop if name == PLAIN else engine
-    epochs = loop(model, batches, training.Options(EPOCHS, LR, **options), device)
+    chosen = training.Options(EPOCHS, LR, **options)
+    if name == PLAIN:
+        epochs = plain_loop(model, batches, chosen, device)
+    else:
+        found = engine.fit(model, loss_fn, batches, chosen, device)
+        images = len(batches) * batches.batch_size
+        epochs = list(zip((images / found.seconds).tolist(), found.losses, strict=True))
     return {
         "images_per_s": max(speed for speed, _ in epochs[1:]),
         "loss": epochs[-1][1],
