@@ -17,6 +17,7 @@ TRAIN := --data $(DATA) --out $(MODELS) $(RUN)
 CLASSIFIER := --task stroke --width 32 --batch-size 32
 LOW_DOSE := --dose-model projection --noise-realisations 2
 
+SEGMENTER := --widths 16 32 64 128 --batch-size 16
 SEEDS := 1 2 3
 STUDY := --data study/dataset --out study/saved_models $(RUN)
 
@@ -40,6 +41,8 @@ demo: .venv/installed
 	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input clean --epochs 16
 	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input noisy --epochs 10 --lr 5e-4 $(LOW_DOSE) \
 		--finetune $(MODELS)/classifier.pt --name classifier_noisy
+	$(BIN)/python train_segmenter.py $(TRAIN) --widths 8 16 32 64 --epochs 6 --batch-size 16 --lr 4e-3 \
+		--foreground-share 0.25
 	$(BIN)/python run_experiments.py --data $(DATA) --models $(MODELS) --out $(RESULTS)
 	@echo
 	@echo "Files written:"
@@ -58,8 +61,12 @@ study: .venv/installed
 			--seed $$seed --input $$input --name classifier_$$input.seed$$seed \
 			--finetune study/saved_models/classifier.seed$$seed.pt || exit 1; \
 	done; done
-	$(BIN)/python run_experiments.py --data study/dataset --models study/saved_models --out study/results \
-		--doses 1 0.5 0.25 0.1 0.05
+	$(BIN)/python train_segmenter.py $(STUDY) $(SEGMENTER) --epochs 8 --lr 2e-3 --name lesions
+	$(BIN)/python train_segmenter.py $(STUDY) $(SEGMENTER) --epochs 2 --lr 5e-4 --foreground-share 0 \
+		--finetune study/saved_models/lesions.pt
+	$(BIN)/torchrun --nproc_per_node=2 run_experiments.py --data study/dataset --models study/saved_models \
+		--out study/results --doses 1 0.5 0.25 0.1 0.05 --denoisers none study/saved_models/denoiser.pt bm3d nlm tv \
+		--classical-patients 10
 
 app: .venv/installed
 	$(BIN)/streamlit run app.py -- --data $(DATA) --models $(MODELS) --results $(RESULTS)
