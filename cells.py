@@ -151,8 +151,9 @@ class Cells:
             shared.setdefault((cell.condition, cell.patients), []).append(cell)
         missing = sum(not self.done(cell) for cell in cells)
         with stage.progress([], desc="cells", total=missing, unit="cell") as bar:
-            # what takes longest first, for the sake of the last one: all patients, and low doses
-            for (condition, patients), own in sorted(reversed(shared.items()), key=lambda one: one[0][1] or 0):
+            # what takes longest first, so that all end together: all patients, and low doses
+            units = sorted(reversed(shared.items()), key=lambda unit: unit[0][1] or 0)
+            for (condition, patients), own in units:
                 lock = self.folder / "taken" / f"{self.path(own[0]).stem}.lock"
                 with contextlib.suppress(stage.LockedError), stage.lock(lock):
                     own = [cell for cell in own if not self.done(cell)]
