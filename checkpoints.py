@@ -5,7 +5,7 @@ A checkpoint is a dict of tensors and JSON types:
     format, stage, model {name, kwargs with the window}, state, parameters, size, config, seed, versions,
     split_hash, trained_on [patient ids, those of its parents too], parents {role: {path, sha256}},
     validation {metric: value}; classifiers and segmenters also task, classes, input, thresholds {level, or
-    "lesion": {value, least_ml, origin}}; segmenters also volume_rule {value in ml, origin}"""
+    "lesion": {value, sure, least_ml, origin}}; segmenters also volume_rule {value in ml, origin}"""
 
 from __future__ import annotations
 

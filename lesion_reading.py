@@ -96,16 +96,18 @@ def outline_lesions(
 ) -> np.ndarray:
     """Lesions of a whole scan: (S, rows, columns) uint8, see inference.lesion_mask.
 
-    rule: facts["thresholds"]["lesion"] of the segmenter's checkpoint, value and least_ml. images: (S, size,
-    size) HU. shape: (rows, columns) of the scan where fit_to_square made the images, whose masks are then
-    brought back to its pixels: probabilities are, so that edges are no stairs. spacing_mm: (slice, row,
-    column) of what is returned."""
+    rule: facts["thresholds"]["lesion"] of the segmenter's checkpoint, with value, sure and least_ml. images:
+    (S, size, size) HU. shape: (rows, columns) of the scan where fit_to_square made the images, whose masks
+    are then brought back to its pixels: probabilities are, so that edges are no stairs. spacing_mm: (slice,
+    row, column) of what is returned."""
     mask = np.empty((len(images), *(shape or images.shape[1:])), np.uint8)
+    sure = np.empty(mask.shape, bool)
     for some, found in lesion_probabilities(network, images):
         if shape is not None:
             found = from_square(found, shape, spacing_mm)
         mask[some] = lesion_mask(found, rule["value"])
-    return lesions.without_specks(mask, spacing_mm, rule.get("least_ml", 0.0))
+        sure[some] = found.sum(1) >= rule.get("sure", rule["value"])
+    return lesions.without_specks(mask, sure, spacing_mm, rule.get("least_ml", 0.0))
 
 
 def slice_thickness_mm(positions_mm: Sequence[float], gap_mm: float) -> np.ndarray:

@@ -142,13 +142,31 @@ def size_name(volume: float) -> str | None:
     return SIZES[int(np.digitize(volume, SIZE_EDGES_ML))] if volume > 0 else None
 
 
-def without_specks(mask: np.ndarray, spacing_mm: Sequence[float], least_ml: float) -> np.ndarray:
-    """The mask (S, H, W) without those of its 26-connected components that are smaller than least_ml."""
-    if not mask.any() or least_ml <= 0:
-        return mask
-    component_at, _ = ndimage.label(mask, TOUCHING)
-    kept = np.bincount(component_at.ravel()) * _voxel_ml(spacing_mm) >= least_ml - ROUNDING
-    kept[0] = False  # what is no component
+def components(mask: np.ndarray) -> np.ndarray:
+    """(S, H, W) numbers of the 26-connected components of a mask, from 1 on."""
+    return ndimage.label(mask, TOUCHING)[0]
+
+
+def sure_ml(component_at: np.ndarray, sure: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """How many ml of each component are sure; of component 0, which is none, 0. sure: (S, H, W) bool."""
+    held = np.bincount(component_at.ravel(), sure.ravel()) * _voxel_ml(spacing_mm)
+    held[0] = 0
+    return held
+
+
+def believed(held_ml: np.ndarray, least_ml: float) -> np.ndarray:
+    """Which components are lesions by sure_ml: those of which some is sure, and least_ml at least."""
+    return (held_ml > 0) & (held_ml >= least_ml - ROUNDING)
+
+
+def without_specks(
+    mask: np.ndarray, sure: np.ndarray, spacing_mm: Sequence[float], least_ml: float
+) -> np.ndarray:
+    """The mask (S, H, W) of the lesions that are believed: two thresholds, so that they have their edges.
+
+    sure: (S, H, W) bool. Source: Canny 1986 (hysteresis)."""
+    component_at = components(mask)
+    kept = believed(sure_ml(component_at, sure, spacing_mm), least_ml)
     return np.where(kept[component_at], mask, np.zeros_like(mask))
 
 

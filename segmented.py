@@ -483,7 +483,7 @@ def say_results(
         f"{segmenter.path}: {what}, trained on {facts['input']} slices. "
         f"{len(set(pack.patient_ids().tolist()))} {split} patients, {len(pack.series)} scans, {len(pack)} "
         f"slices of {pack.size} x {pack.size}, threshold {rule['value']:g}, nothing "
-        f"under {rule.get('least_ml', 0):g} ml, "
+        f"with less than {rule.get('least_ml', 0):g} ml from {rule.get('sure', rule['value']):g} on, "
         f"noise seed {seed}{'' if denoiser is None else f', denoiser {denoiser}'}"
     )
     if seen:

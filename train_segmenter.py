@@ -43,6 +43,7 @@ from classifiers import TIMM_NETWORKS, WINDOWS, pretrained
 from dataset import BRAIN_WINDOW, SPLITS, Pack, load_pack, native_size
 from display import FOUND_RGB, TRUE_RGB, paint, to_grey
 from inference import lesion_mask, lesion_probabilities, load_segmenter, segment
+from lesion_reading import outline_lesions
 from losses import SEGMENTATION_LOSSES
 from models import SEGMENTERS, build_model
 from reading_inputs import INPUTS, asked_for, check_input_options, make_inputs
@@ -52,9 +53,11 @@ WIDTHS = [32, 64, 128, 256]  # half of Ronneberger's, and a level less: heads ar
 ENCODER = "efficientnet-b4"  # of the earlier system
 # Of the slices of an epoch: as many that teach what a lesion is as slices that teach what none is
 FOREGROUND_SHARE = 0.5
-# Among which validation chooses, both together: a probability, and the least volume that is called a lesion
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
-LEAST_ML = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # the smallest bleeds that readers measure are tenths of a ml
+# Among which validation chooses, all three together: the probability at a lesion's edge, that which some of
+# it must have, and how much of it
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SURE = (0.3, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+LEAST_ML = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)  # the smallest bleeds that readers measure are tenths of a ml
 CLEAN_SHARE = 0.95  # of normal scans without a lesion voxel: an outline in each would be read by nobody
 THRESHOLD = 0.5  # where it cannot
 SAMPLES = 4  # pictures of an epoch
@@ -241,46 +244,73 @@ class Validation:
     def __init__(self, pack: Pack, images: np.ndarray, threshold: float | None, source: str):
         self.pack, self.images, self.source = pack, images, source
         thresholds = THRESHOLDS if threshold is None else (threshold,)
-        self.tried = list(itertools.product(thresholds, LEAST_ML))
+        self.tried = [
+            (edge, sure, least_ml)
+            for edge in thresholds
+            for sure in sorted({edge, *(one for one in SURE if one > edge)})
+            for least_ml in LEAST_ML
+        ]
         self.origin = f"largest mean Dice on val with {CLEAN_SHARE:.0%} of normal scans clean, {source}"
         if threshold is not None:
-            self.origin = f"value: --threshold; least_ml: {self.origin}"
+            self.origin = f"value: --threshold; sure and least_ml: {self.origin}"
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """dice (mean over scans with a lesion), false_positive_ml and clean (on scans without), thresholds,
         volume_rule.
 
         Of several classes also dice_<class>, over scans that show it, and dice_mean, over classes."""
-        dice, false_ml, by_class, volumes_ml = [], [], [], []  # of each scan, by each rule that is tried
-        for number, rows in enumerate(scan_parts(self.pack)):
-            truth, spacing_mm = self.pack.mask[rows], self.pack.spacing_mm(number)
-            parts = lesion_probabilities(model, self.images[rows])
-            probabilities = np.concatenate([found for _, found in parts])
-            masks = [
-                lesions.without_specks(lesion_mask(probabilities, threshold), spacing_mm, least_ml)
-                for threshold, least_ml in self.tried
-            ]
-            dice.append([lesions.dice(truth, mask) if truth.any() else math.nan for mask in masks])
-            false_ml.append([lesions.false_positive_volume_ml(truth, mask, spacing_mm) for mask in masks])
-            by_class.append([dice_of_classes(truth, mask, len(model.classes)) for mask in masks])
-            volumes_ml.append([lesions.volume_ml(mask, spacing_mm) for mask in masks])
-        means, false_ml = mean_known(np.array(dice)), np.array(false_ml)
-        clean = mean_known(np.where(np.isnan(false_ml), math.nan, false_ml == 0))
+        scans = scan_parts(self.pack)
+        truth_ml = np.array([self._truth_ml(number, rows) for number, rows in enumerate(scans)])[:, None]
+        tried = np.array([self._tried_ml(model, number, rows) for number, rows in enumerate(scans)])
+        found_ml, shared_ml = tried[..., 0], tried[..., 1]  # (scans, rules)
+        diseased = truth_ml > 0
+        dice = np.where(diseased, 2 * shared_ml / np.maximum(truth_ml + found_ml, 1e-12), math.nan)
+        false_ml = np.where(diseased, math.nan, found_ml)
+        means = mean_known(dice)
+        clean = mean_known(np.where(diseased, math.nan, found_ml == 0))
         place, origin = self._choose(means, clean)
-        threshold, least_ml = self.tried[place]
+        rule = dict(zip(("value", "sure", "least_ml"), self.tried[place], strict=True)) | {"origin": origin}
         false_positive_ml = mean_known(false_ml[:, place])
         found = {"dice": means[place], "false_positive_ml": false_positive_ml, "clean": clean[place]}
         if len(model.classes) > 1:
-            values = mean_known(np.array(by_class)[:, place])
+            values = mean_known(
+                np.array(
+                    [self._dice_of_classes(model, rule, number, rows) for number, rows in enumerate(scans)]
+                )
+            )
             found |= {f"dice_{name}": value for name, value in zip(model.classes, values, strict=True)}
             found["dice_mean"] = mean_known(values)
         found = {name: float(value) for name, value in found.items()}
         return found | {
-            "thresholds": {"lesion": {"value": threshold, "least_ml": least_ml, "origin": origin}},
-            "volume_rule": volume_rule(
-                ~np.isnan(np.array(dice)[:, place]), np.array(volumes_ml)[:, place], self.source
-            ),
+            "thresholds": {"lesion": rule},
+            "volume_rule": volume_rule(diseased[:, 0], found_ml[:, place], self.source),
         }
+
+    def _truth_ml(self, number: int, rows: np.ndarray) -> float:
+        return lesions.volume_ml(self.pack.mask[rows] > 0, self.pack.spacing_mm(number))
+
+    def _tried_ml(self, model: nn.Module, number: int, rows: np.ndarray) -> list[tuple[float, float]]:
+        """Of a scan, by each rule: how many ml it finds, and how many of them are lesion."""
+        truth, spacing_mm = self.pack.mask[rows] > 0, self.pack.spacing_mm(number)
+        parts = lesion_probabilities(model, self.images[rows])
+        probabilities = np.concatenate([found for _, found in parts])
+        any_lesion, found = probabilities.sum(1), []
+        for edge, rules in itertools.groupby(self.tried, key=lambda rule: rule[0]):
+            component_at = lesions.components(lesion_mask(probabilities, edge))
+            size_ml, shared_ml = (
+                lesions.sure_ml(component_at, of, spacing_mm) for of in (component_at > 0, truth)
+            )
+            for sure, least in itertools.groupby(rules, key=lambda rule: rule[1]):
+                held_ml = lesions.sure_ml(component_at, any_lesion >= sure, spacing_mm)
+                kept = [lesions.believed(held_ml, least_ml) for _, _, least_ml in least]
+                found += [(size_ml[one].sum(), shared_ml[one].sum()) for one in kept]
+        return found
+
+    def _dice_of_classes(
+        self, model: nn.Module, rule: dict[str, Any], number: int, rows: np.ndarray
+    ) -> list[float]:
+        mask = outline_lesions(model, rule, self.images[rows], self.pack.spacing_mm(number))
+        return dice_of_classes(self.pack.mask[rows], mask, len(model.classes))
 
     def _choose(self, means: np.ndarray, clean: np.ndarray) -> tuple[int, str]:
         """Which rule, and why: of equally good ones that with the threshold nearest to the middle.

@@ -121,12 +121,23 @@ def test_specks_go_and_what_is_large_enough_stays_as_it_is():
     mask = box((0, 1, 1), (2, 2, 5), (4, 12, 12)).astype(np.uint8) * 3  # 20 voxels of 0.005 ml
     mask[2, 3, 6] = 1  # touches it by a corner: 21 in all
     mask[0, 9, 9] = mask[3, 9, 9] = 5  # alone
-    kept = lesions.without_specks(mask, (5, 1, 1), 0.105)
+    sure = mask > 0
+    kept = lesions.without_specks(mask, sure, (5, 1, 1), 0.105)
     assert kept.dtype == mask.dtype and np.array_equal(kept, np.where(mask == 5, 0, mask))
-    assert not lesions.without_specks(mask, (5, 1, 1), 0.11).any()
+    assert not lesions.without_specks(mask, sure, (5, 1, 1), 0.11).any()
     for least in (0, 0.005):
-        assert np.array_equal(lesions.without_specks(mask, (5, 1, 1), least), mask)
-    assert not lesions.without_specks(np.zeros_like(mask), (5, 1, 1), 1).any()
+        assert np.array_equal(lesions.without_specks(mask, sure, (5, 1, 1), least), mask)
+    assert not lesions.without_specks(np.zeros_like(mask), sure, (5, 1, 1), 1).any()
+
+
+def test_lesion_of_which_a_part_is_sure_stays_whole():
+    mask = box((0, 1, 1), (2, 2, 5), (4, 12, 12))
+    mask[3, 9:11, 9:11] = True
+    sure = box((1, 1, 1), (1, 1, 3), (4, 12, 12))  # 3 voxels of 0.005 ml of the first
+    whole = np.where(np.arange(4)[:, None, None] < 3, mask, False)
+    for least in (0, 0.015):
+        assert np.array_equal(lesions.without_specks(mask, sure, (5, 1, 1), least), whole)
+    assert not lesions.without_specks(mask, sure, (5, 1, 1), 0.02).any()
 
 
 def test_false_positive_volume_is_of_negatives_only():

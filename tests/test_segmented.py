@@ -429,9 +429,8 @@ def test_evaluation_tells_whom_it_is_about_and_keeps_it(models, split_data_once,
     assert (
         "lesion or not, trained on clean slices. 2 val patients, 2 scans, 12 slices of 48 x 48" in printed[0]
     )
-    assert (
-        f"threshold 0.5, nothing under 0 ml, noise seed 42, denoiser {models / 'denoiser.pt'}" in printed[0]
-    )
+    assert "threshold 0.5, nothing with less than 0 ml from 0.5 on" in printed[0]
+    assert f"noise seed 42, denoiser {models / 'denoiser.pt'}" in printed[0]
     assert "2 of these patients were seen in training or validation: no fair test" in printed[1]
     assert [line for line in printed if not line.startswith(" ")][1:-1] == [
         *("clean", "dose 20, noisy (calibrated)", "dose 20, denoised (calibrated)")

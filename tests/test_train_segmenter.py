@@ -231,7 +231,7 @@ def test_val_without_lesion_keeps_the_last_epoch_and_says_so(split_data, tmp_pat
     facts = checkpoints.load(tmp_path / "segmenter.pt", "segmenter")
     assert facts["validation"]["epoch"] == 2
     origin = "val has no lesion to choose it by"
-    assert facts["thresholds"]["lesion"] == {"value": 0.5, "least_ml": 0.0, "origin": origin}
+    assert facts["thresholds"]["lesion"] == {"value": 0.5, "sure": 0.5, "least_ml": 0.0, "origin": origin}
     assert facts["validation"]["false_positive_ml"] >= 0
 
 
@@ -317,7 +317,7 @@ def test_validation_of_the_truth_is_dice_1_and_clean(val):
     found = Validation(pack, images, None, "x")(Known(truth))
     assert (found["dice"], found["false_positive_ml"], found["clean"]) == (1, 0, 1)
     origin = "largest mean Dice on val with 95% of normal scans clean, x"
-    assert found["thresholds"]["lesion"] == {"value": 0.5, "least_ml": 0.0, "origin": origin}
+    assert found["thresholds"]["lesion"] == {"value": 0.5, "sure": 0.5, "least_ml": 0.0, "origin": origin}
 
 
 def test_validation_chooses_the_threshold_with_the_largest_dice_of_scans(val):
@@ -333,19 +333,36 @@ def test_validation_chooses_the_threshold_with_the_largest_dice_of_scans(val):
     given = Validation(pack, images, 0.2, "x")(model)
     assert given["dice"] == pytest.approx(2 / 3)
     assert given["thresholds"]["lesion"]["value"] == 0.2
-    assert given["thresholds"]["lesion"]["origin"].startswith("value: --threshold; least_ml: largest mean")
+    assert given["thresholds"]["lesion"]["origin"].startswith(
+        "value: --threshold; sure and least_ml: largest mean"
+    )
 
 
 def test_validation_prefers_a_threshold_that_leaves_normal_scans_clean_to_a_larger_dice(val):
     pack, images = val
     rows = planted(pack, 0)
     p = np.full(pack.mask.shape, 0.01)
-    p[rows, 4:12, 4:12] = 0.5  # all of the lesion up to here
-    p[rows, 4:12, 4:8] = 0.97  # half of it
+    pack.mask[rows, 20:28, 20:28] = 1  # another, apart from the first
+    p[rows, 20:28, 20:28] = 0.5
+    p[rows, 4:12, 4:12] = 0.97
     p[np.setdiff1d(np.arange(len(pack)), rows), 20:30, 20:30] = 0.6  # in every normal scan
     found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
-    assert 0.6 < found["thresholds"]["lesion"]["value"] < 0.97
+    rule = found["thresholds"]["lesion"]
+    assert 0.6 < max(rule["value"], rule["sure"]) < 0.97
     assert (found["dice"], found["clean"]) == (pytest.approx(2 / 3), 1)
+
+
+def test_validation_outlines_a_lesion_of_which_some_is_sure_to_its_edge(val):
+    pack, images = val
+    rows = planted(pack, 0)
+    p = np.full(pack.mask.shape, 0.01)
+    p[rows, 4:12, 4:12] = 0.55
+    p[rows, 4:12, 4:8] = 0.97
+    p[np.setdiff1d(np.arange(len(pack)), rows), 20:30, 20:30] = 0.6  # more than the lesion, but never sure
+    found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
+    assert (found["dice"], found["clean"]) == (1, 1)
+    rule = found["thresholds"]["lesion"]
+    assert rule["value"] <= 0.55 and 0.6 < rule["sure"] <= 0.97
 
 
 def test_validation_rather_drops_specks_than_half_of_the_lesion(val):
@@ -361,7 +378,7 @@ def test_validation_rather_drops_specks_than_half_of_the_lesion(val):
     found = Validation(pack, images, None, "x")(Known(torch.logit(torch.from_numpy(p))[:, None]))
     assert (found["dice"], found["clean"]) == (1, 1)
     rule = found["thresholds"]["lesion"]
-    assert (rule["value"], rule["least_ml"]) == (0.5, 0.05)
+    assert (rule["value"], rule["sure"], rule["least_ml"]) == (0.5, 0.5, 0.1)
 
 
 def test_validation_where_no_threshold_is_clean_takes_the_cleanest(val):
