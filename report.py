@@ -364,7 +364,22 @@ class Report:
             ),
         }
         caption = "Lesions outlined, with 95 % intervals over patients. tables/segmentation.csv"
-        return section("Segmentation", *parts, self.page.table(caption, columns, self.found["segmentation"]))
+        parts.append(self.page.table(caption, columns, self.found["segmentation"]))
+        both = self.found.get("two_stage", [])
+        columns = self._about(both) | {
+            "arm": lambda row: row["arm"],
+            "segmenter": lambda row: row["segmenter"],
+            "dose": dose_of,
+            "called": lambda row: shown(row["called"], 2),
+            "Dice": lambda row: with_interval(row, "dice", 2),
+            "normal scans clean": lambda row: with_interval(row, "clean", 2),
+            "false volume, ml": lambda row: shown(row["false_positive_ml"], 2),
+        }
+        caption = (
+            "Two stages: scans that the arm's classifiers call normal are not outlined, whose lesions count "
+            "as missed. tables/two_stage.csv"
+        )
+        return section("Segmentation", *parts, self.page.table(caption, columns, both))
 
     def _volumes(self, rows: Sequence[dict]) -> list[Volumes]:
         """Of the highest and the lowest dose."""

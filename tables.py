@@ -5,6 +5,7 @@ intervals of 95 % are of the patients; the SD over them stands beside. NAMES are
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -256,6 +257,39 @@ def _reports(study: Study, one: Outline, condition: Condition) -> list[dict[str,
         {name: _number(value) for name, value in report.items()}
         for report in study.cells.load(cell)["reports"]
     ]
+
+
+def two_stage(study: Study) -> list[dict]:
+    """Classify, then outline: lesions.summarise of the masks that are left where scans that most networks of
+    a family call normal are not outlined, of the first noise. called: share of the scans that are."""
+    rows = []
+
+    @functools.cache
+    def nothing(number: int) -> dict[str, Any]:
+        truth = np.asarray(study.pack.mask[np.flatnonzero(study.pack.series_of == number)])
+        report = lesions.case_report(truth, np.zeros_like(truth), study.pack.spacing_mm(number))
+        return {name: _number(value) for name, value in report.items()}
+
+    for family, level, model, dose, shown in _each(study):
+        if level != PRIMARY_LEVEL:
+            continue
+        condition = shown.conditions[0]
+        reading = study.family_reading(family, (condition,), level)
+        asked = np.flatnonzero(~np.isnan(reading.targets))
+        called = (reading.scores >= reading.thresholds[:, None]).mean(axis=0) > 0.5
+        for one in study.outlines:
+            if one.denoiser is study.families[family][0].denoiser and not np.isnan(reading.thresholds).any():
+                places = study.places(study.subset(one.denoiser), level)
+                whole = dict(zip(places.tolist(), _reports(study, one, condition), strict=True))
+                reports = [whole[number] if called[number] else nothing(number) for number in asked.tolist()]
+                patients = study.patients[level][asked]
+                rows.append(
+                    {"task": family.task, "arm": study.labels[family], "segmenter": one.segmenter.path.name}
+                    | dose_facts(model, dose)
+                    | {"called": called[asked].mean()}
+                    | lesions.summarise(reports, patients, seed=study.design.seed)
+                )
+    return rows
 
 
 # ---------------------------------------------------------------- families across doses
@@ -527,6 +561,7 @@ TABLES: dict[str, Callable[[Study], list[dict]]] = {
     "noise_spectra": noise_spectra,
     "segmentation": segmentation,
     "volumes": volumes,
+    "two_stage": two_stage,
     "stress": stress,
 }
 NAMES = (*TABLES, "seeds", "external")

@@ -637,3 +637,37 @@ def test_task_of_several_classes_answers_its_question():
     for own, other in zip(tables.dose_response(study), tables.dose_response(plain), strict=True):
         assert (own["auc"], own["sens"]) == pytest.approx((other["auc"], other["sens"]))
         assert own["task"] == "type"
+
+
+def test_two_stages_outline_only_what_the_classifier_calls_ill():
+    truth = np.zeros((10, 1, 4, 4), np.uint8)
+    truth[1::2, :, :2] = 5
+    pack = ToyPack([0, 1] * 5, mask=truth[:, 0])
+    said = np.where(np.arange(10) % 2 == 1, 0.9, 0.1)
+    said[1], said[2] = 0.1, 0.9  # a lesion missed, and one made up
+
+    def outlined(_):
+        masks = [
+            np.where(mask.any(), mask, np.eye(4, dtype=np.uint8)) for mask in truth
+        ]  # a voxel in normals
+        return [
+            stage.plain(lesions.case_report(one, mask, (5, 1, 1)))
+            for one, mask in zip(truth, masks, strict=True)
+        ]
+
+    study = toy_study(
+        pack,
+        lambda _: said,
+        [classifier()],
+        [],
+        [classifier("segmenter")],
+        others=others(pack, masks=outlined),
+    )
+    rows = tables.two_stage(study)
+    assert [row["dose"] for row in rows] == [1.0, 0.5, 0.1]
+    for row in rows:
+        assert (row["arm"], row["segmenter"], row["called"]) == ("1", "segmenter.pt", 0.5)
+        assert (row["dice"], row["clean"], row["n_cases"]) == (0.8, 0.8, 10)
+        alone = next(one for one in tables.segmentation(study) if one["dose"] == row["dose"])
+        assert (alone["dice"], alone["clean"]) == (1, 0)
+    check_whole({"two_stage": rows})
