@@ -206,48 +206,50 @@ def segmentation(study: Study) -> list[dict]:
 
     dice_gain: by the denoiser, where the segmenter reads the low dose itself too."""
     rows = []
-    for one in study.outlines:
-        for condition in study.design.conditions():
-            if condition.noise_seed != study.design.noise_seeds[0]:
-                continue
-            series = study.places(study.subset(one.denoiser), "scan")
-            patients, reports = study.patients["scan"][series], _reports(study, one, condition)
-            plain, gain = one._replace(denoiser=None), [math.nan] * len(GAIN)
-            if one.denoiser is not None and plain in study.outlines:
-                before = _reports(study, plain, condition)
-                own = [before[number] for number in series]
-                gain = dice_gain(own, reports, patients, study.design.seed)
-            rows.append(
-                dose_facts(condition.dose_model, condition.dose)
-                | {"segmenter": one.segmenter.path.name}
-                | {"denoiser": "none" if one.denoiser is None else one.denoiser.path.name}
-                | lesions.summarise(reports, patients, seed=study.design.seed)
-                | dict(zip(GAIN, gain, strict=True))
-            )
+    for one, condition, names, series, reports in _outlined(study):
+        patients = study.patients["scan"][series]
+        plain, gain = one._replace(denoiser=None), [math.nan] * len(GAIN)
+        if one.denoiser is not None and plain in study.outlines:
+            before = _reports(study, plain, condition)
+            own = [before[number] for number in series]
+            gain = dice_gain(own, reports, patients, study.design.seed)
+        rows.append(
+            dose_facts(condition.dose_model, condition.dose)
+            | names
+            | lesions.summarise(reports, patients, seed=study.design.seed)
+            | dict(zip(GAIN, gain, strict=True))
+        )
     return rows
 
 
 def volumes(study: Study) -> list[dict]:
     """True and found volume of scans with a lesion, their mean and difference (Bland and Altman 1986)."""
     rows = []
-    for one in study.outlines:
-        for condition in study.design.conditions():
-            if condition.noise_seed != study.design.noise_seeds[0]:
-                continue
-            series = study.places(study.subset(one.denoiser), "scan")
-            for number, report in zip(series, _reports(study, one, condition), strict=True):
-                truth_ml, found_ml = report["truth_ml"], report["predicted_ml"]
-                if truth_ml > 0:
-                    rows.append(
-                        {"segmenter": one.segmenter.path.name}
-                        | {"denoiser": "none" if one.denoiser is None else one.denoiser.path.name}
-                        | {"dose_model": condition.dose_model, "dose": condition.dose}
-                        | {"series_uid": study.pack.series[number]["series_uid"]}
-                        | {"patient": study.patients["scan"][number]}
-                        | {"truth_ml": truth_ml, "found_ml": found_ml}
-                        | {"mean_ml": (truth_ml + found_ml) / 2, "error_ml": found_ml - truth_ml}
-                    )
+    for _, condition, names, series, reports in _outlined(study):
+        for number, report in zip(series, reports, strict=True):
+            truth_ml, found_ml = report["truth_ml"], report["predicted_ml"]
+            if truth_ml > 0:
+                rows.append(
+                    names
+                    | {"dose_model": condition.dose_model, "dose": condition.dose}
+                    | {"series_uid": study.pack.series[number]["series_uid"]}
+                    | {"patient": study.patients["scan"][number]}
+                    | {"truth_ml": truth_ml, "found_ml": found_ml}
+                    | {"mean_ml": (truth_ml + found_ml) / 2, "error_ml": found_ml - truth_ml}
+                )
     return rows
+
+
+def _outlined(study: Study) -> Iterator[tuple]:
+    """Every segmenter, and the denoiser before it, at every dose with the first noise: itself, the condition,
+    their names, which scans were read, and the reports of these."""
+    for one in study.outlines:
+        names = {"segmenter": one.segmenter.path.name}
+        names |= {"denoiser": "none" if one.denoiser is None else one.denoiser.path.name}
+        series = study.places(study.subset(one.denoiser), "scan")
+        for condition in study.design.conditions():
+            if condition.noise_seed == study.design.noise_seeds[0]:
+                yield one, condition, names, series, _reports(study, one, condition)
 
 
 def _reports(study: Study, one: Outline, condition: Condition) -> list[dict[str, Any]]:
