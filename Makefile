@@ -41,8 +41,7 @@ demo: .venv/installed
 	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input clean --epochs 16
 	$(BIN)/python train_classifier.py $(TRAIN) $(CLASSIFIER) --input noisy --epochs 10 --lr 5e-4 $(LOW_DOSE) \
 		--finetune $(MODELS)/classifier.pt --name classifier_noisy
-	$(BIN)/python train_segmenter.py $(TRAIN) --widths 8 16 32 64 --epochs 6 --batch-size 16 --lr 4e-3 \
-		--foreground-share 0.25
+	$(BIN)/python train_segmenter.py $(TRAIN) --widths 8 16 32 64 --epochs 6 --batch-size 8 --lr 2e-3
 	$(BIN)/python run_experiments.py --data $(DATA) --models $(MODELS) --out $(RESULTS)
 	@echo
 	@echo "Files written:"
