@@ -6,10 +6,10 @@
 
 Run it in the folder of the project. Each network learns from the same phantom patients, on crops of 128 x 128
 with the projection model: once from the same number of images, once for the same wall time; the best on
-validation also as one network a dose. What was trained or measured is kept in --work, and a run that was
-stopped goes on where it was. Scored on test patients against the noise-free truth (the real head: against the
-scan itself, which has its own noise) at doses that were trained and at one that was not. Prints tables and
-writes results/benchmark_denoisers.json."""
+validation also as one network a dose, and from as many images as these five together. What was trained or
+measured is kept in --work, and a run that was stopped goes on where it was. Scored on test patients against
+the noise-free truth (the real head: against the scan itself, which has its own noise) at doses that were
+trained and at one that was not. Prints tables and writes results/benchmark_denoisers.json."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ import training
 from dataset import Pack, load_pack
 from detectability import noise_power_spectrum, spectrum_distance
 from inference import denoise, load_denoiser
+from losses import LOSSES
 from low_dose import LowDose
 from models import CLASSICAL, PRESETS, build_model
 from runs import peak_memory
@@ -60,14 +61,18 @@ INFARCT = 6
 
 
 class Run(NamedTuple):
-    """One training. of: the preset. images: crops that it learns from. target: what it is to give back. dose:
-    the only one, if it has one."""
+    """One training. of: the preset. images: crops that it learns from. target: what it is to give back.
+    end: of its name. dose: the only one, if it has one."""
 
-    name: str
     of: str
     images: int
-    target: str = "clean"
+    target: str
+    end: str = ""
     dose: float | None = None
+
+    @property
+    def name(self) -> str:
+        return ".".join(part for part in (self.of, self.target, self.end) if part not in ("", "clean"))
 
 
 # ---------------------------------------------------------------- data and training
@@ -95,8 +100,9 @@ def prepare_real(work: Path, head: Path) -> Path:
     return data
 
 
-def train(run: Run, data: Path, models: Path, slices: int, device: str) -> Path:
-    """Train one network, or find it trained. slices: of the training patients."""
+def train(run: Run, data: Path, models: Path, slices: int, loss: str, device: str) -> Path:
+    """Train one network, or find it trained. slices: of the training patients. loss: of all but the students,
+    which have their own."""
     path, model = models / f"{run.name}.pt", PRESETS[run.of][0]
     epochs = max(1, round(run.images / slices))
     options = ["--data", data, "--out", models, "--name", run.name, "--model", run.of, "--resume"]
@@ -106,7 +112,7 @@ def train(run: Run, data: Path, models: Path, slices: int, device: str) -> Path:
     if model == "student":  # each of its two networks learns from as many images as the others
         options += ["--lam-perc", 0, "--epochs-teacher", epochs, "--epochs-student", epochs]
     else:
-        options += ["--epochs", epochs]
+        options += ["--epochs", epochs, "--loss", loss]
     stage_command("train_denoiser.py", *options)
     return path
 
@@ -260,11 +266,11 @@ def runs_of(names: list[str], targets: list[str], images: int, seconds: float, m
     """The trainings, one after the other: those for a wall time need the speed of those before."""
     for target in targets:
         for name in names:
-            yield Run(name if target == "clean" else f"{name}.{target}", name, images, target)
-    for name in names if "clean" in targets else []:
-        speed = max(epoch["images_per_s"] for epoch in logged(models / f"{name}.pt"))
+            yield Run(name, images, target)
+    for name in names:
+        speed = max(epoch["images_per_s"] for epoch in logged(models / f"{Run(name, 0, targets[0]).name}.pt"))
         stages = 2 if PRESETS[name][0] == "student" else 1
-        yield Run(f"{name}.time", name, round(seconds * speed / stages))
+        yield Run(name, round(seconds * speed / stages), targets[0], "time")
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> None:
@@ -301,8 +307,12 @@ def main() -> None:
         "--targets",
         nargs="+",
         choices=("clean", "truth"),
-        default=["clean"],
-        help="what they learn: the scan, with its own noise, or the phantom without (default: clean)",
+        default=["truth"],
+        help="what they learn: the scan, with its own noise, or the phantom without; the first of these also "
+        "for the same wall time, and as one network a dose (default: truth)",
+    )
+    parser.add_argument(
+        "--loss", choices=sorted(LOSSES), default="tissue-weighted", help="(default: tissue-weighted)"
     )
     parser.add_argument("--images", type=stage.positive_int, default=4000, help="(default: 4000)")
     parser.add_argument(
@@ -326,16 +336,18 @@ def main() -> None:
     count = len(load_pack(data, "train", SIZE))
     paths: dict[str, Path] = {}
     for run in runs_of(names, args.targets, args.images, args.seconds, models):
-        paths[run.name] = train(run, data, models, count, args.device)
-    first = {
-        name: paths[name if args.targets[0] == "clean" else f"{name}.{args.targets[0]}"] for name in names
-    }
+        paths[run.name] = train(run, data, models, count, args.loss, args.device)
+    target = args.targets[0]
+    first = {name: paths[Run(name, args.images, target).name] for name in names}
     best = args.per_dose or min(names, key=lambda name: min(e["rmse_hu"] for e in logged(first[name])))
-    own = {}
-    for dose in TRAINED:
-        end = f"dose{dose:g}" if args.targets[0] == "clean" else f"{args.targets[0]}.dose{dose:g}"
-        run = Run(f"{best}.{end}", best, args.images, args.targets[0], dose)
-        own[dose] = train(run, data, models, count, args.device)
+    own = {
+        dose: train(
+            Run(best, args.images, target, f"dose{dose:g}", dose), data, models, count, args.loss, args.device
+        )
+        for dose in TRAINED
+    }
+    together = Run(best, len(TRAINED) * args.images, target, "five")  # as many images as all of them
+    paths[together.name] = train(together, data, models, count, args.loss, args.device)
     strengths = {
         name: kept(
             work / f"strength-{name}.json",
@@ -393,6 +405,7 @@ def main() -> None:
         "strengths": strengths,
         "best_on_validation": best,
         "learning_rates": LEARNING_RATES,
+        "loss": args.loss,
         "cost": costs,
         "rows": rows,
     }
