@@ -104,6 +104,26 @@ def tissue_weighted_loss(
     return (squared + 1e-6).sqrt().mean()
 
 
+SHRINK_PX = 32  # a mean over a handful of pixels is mostly noise: it counts as if so many more had no error
+
+
+def tissue_bias(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum over brain, CSF and each kind of lesion of the absolute mean error in a slice, in HU, then the mean
+    over slices.
+
+    What is nearest in the mean square draws thin sulci and thin bleeds towards what surrounds them, and the
+    more so the less dose there is; this term asks for their mean HU. Tissues are those of the target's HU
+    (tissues_by_hu). mask: (B, 1, H, W) lesion classes, or None where the data have none."""
+    tissues = tissues_by_hu(target)
+    free = torch.ones_like(tissues, dtype=torch.bool) if mask is None else mask == 0
+    places = [free & (tissues == anatomy.TISSUES[name]) for name in ("brain", "csf")]
+    if mask is not None:
+        places += [mask == kind for kind in (*range(1, len(anatomy.LESION_CLASSES) + 1), UNKNOWN_KIND)]
+    place = torch.cat(places, dim=1)
+    error = ((output - target).float() * place).sum(dim=(2, 3))
+    return (error / (place.sum(dim=(2, 3)) + SHRINK_PX)).abs().sum(dim=1).mean()
+
+
 def tissues_by_hu(hu: torch.Tensor) -> torch.Tensor:
     """anatomy.TISSUES from HU alone, on the device of hu and for crops as well: (B, 1, H, W) uint8.
 

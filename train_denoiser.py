@@ -41,7 +41,7 @@ from dataset import BRAIN_WINDOW, SPLITS, Pack, load_pack, native_size
 from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder
 from display import to_grey
 from inference import denoise, load_denoiser
-from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss
+from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss, tissue_bias
 from low_dose import LowDose, check_doses
 from models import CLASSICAL, DENOISERS, PRESETS, build_model
 from weights import freeze
@@ -77,6 +77,11 @@ def get_parser() -> stage.StageParser:
         "--per-dose", action="store_true", help="one network for each dose, <name>.dose<d>, not one for all"
     )
     parser.add_argument("--loss", choices=sorted(LOSSES), help="objective (default: rmse)")
+    parser.add_argument(
+        "--bias-weight",
+        type=stage.positive_float,
+        help="beside it, of the mean error in HU of brain, CSF and lesions in each slice (default: none)",
+    )
     parser.add_argument(
         "--target",
         choices=("clean", "noisy", "truth"),
@@ -376,7 +381,10 @@ def train_plain(args: argparse.Namespace, data: Data, device: torch.device) -> N
 
     def loss_fn(network: training.Network, batch: Batch) -> torch.Tensor:
         low, sigma, target, _ = data.views(batch, slices)
-        return loss(network(low, sigma), target, data.mask(batch))
+        output, mask = network(low, sigma), data.mask(batch)
+        if args.bias_weight is None:
+            return loss(output, target, mask)
+        return loss(output, target, mask) + args.bias_weight * tissue_bias(output, target, mask)
 
     fit(args, data, device, model=model, kwargs=kwargs, loss_fn=loss_fn)
 
@@ -471,8 +479,11 @@ def check_options(args: argparse.Namespace) -> None:
             raise stage.InputError(
                 f"--{unused[0].replace('_', '-')}: only for --model student (leave it out)"
             )
-    elif args.loss is not None:
-        raise stage.InputError("--loss: the student has its own, see --lam-lat and the others (leave it out)")
+    elif args.loss is not None or args.bias_weight is not None:
+        name = "--bias-weight" if args.loss is None else "--loss"
+        raise stage.InputError(
+            f"{name}: the student has its own, see --lam-lat and the others (leave it out)"
+        )
     elif args.teacher is not None and args.epochs_teacher is not None:
         raise stage.InputError("--epochs-teacher: with --teacher none is trained (leave one of them out)")
 

@@ -62,13 +62,14 @@ INFARCT = 6
 
 class Run(NamedTuple):
     """One training. of: the preset. images: crops that it learns from. target: what it is to give back.
-    end: of its name. dose: the only one, if it has one."""
+    end: of its name. dose: the only one, if it has one. bias_weight: of train_denoiser.py."""
 
     of: str
     images: int
     target: str
     end: str = ""
     dose: float | None = None
+    bias_weight: float | None = None
 
     @property
     def name(self) -> str:
@@ -113,6 +114,7 @@ def train(run: Run, data: Path, models: Path, slices: int, loss: str, device: st
         options += ["--lam-perc", 0, "--epochs-teacher", epochs, "--epochs-student", epochs]
     else:
         options += ["--epochs", epochs, "--loss", loss]
+        options += [] if run.bias_weight is None else ["--bias-weight", run.bias_weight]
     stage_command("train_denoiser.py", *options)
     return path
 
@@ -314,6 +316,11 @@ def main() -> None:
     parser.add_argument(
         "--loss", choices=sorted(LOSSES), default="tissue-weighted", help="(default: tissue-weighted)"
     )
+    parser.add_argument(
+        "--bias-weight",
+        type=stage.positive_float,
+        help="train the best with this weight of the tissues' mean errors too (default: none)",
+    )
     parser.add_argument("--images", type=stage.positive_int, default=4000, help="(default: 4000)")
     parser.add_argument(
         "--seconds", type=stage.positive_float, default=120, help="of the same wall time (default: 120)"
@@ -348,6 +355,9 @@ def main() -> None:
     }
     together = Run(best, len(TRAINED) * args.images, target, "five")  # as many images as all of them
     paths[together.name] = train(together, data, models, count, args.loss, args.device)
+    if args.bias_weight is not None:
+        run = Run(best, args.images, target, f"bias{args.bias_weight:g}", bias_weight=args.bias_weight)
+        paths[run.name] = train(run, data, models, count, args.loss, args.device)
     strengths = {
         name: kept(
             work / f"strength-{name}.json",

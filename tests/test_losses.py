@@ -121,6 +121,29 @@ def test_tissue_weighted_loss_counts_brain_more_than_bone_and_air():
     assert brain > 1.9 * bone > 1.9 * 1.9 * air
 
 
+def test_tissue_bias_adds_the_mean_errors_of_brain_csf_and_each_kind_of_lesion():
+    target = torch.full((2, 1, 24, 72), -1000.0)  # air, CSF, brain
+    target[..., 24:48], target[..., 48:] = 6, 36
+    mask = torch.zeros(2, 1, 24, 72, dtype=torch.uint8)
+    mask[0, :, :12, 60:] = 5
+    output = target.clone()
+    output[..., :16] += 500  # air may be as it likes
+    csf, brain, lesion = (mask == 0) & (target == 6), (mask == 0) & (target == 36), mask == 5
+    output[csf] += 3
+    output[lesion] -= 8
+    output += torch.where(torch.arange(24)[:, None] % 2 == 0, 2, -2)  # an error whose mean is 0
+    wanted = 0.0
+    for index in range(2):
+        for place, error in ((csf, 3), (brain, 0), (lesion, 8)):
+            pixels = int(place[index].sum())
+            wanted += error * pixels / (pixels + losses.SHRINK_PX) / 2
+    # one column on each side of a step has a mean of its own class in 3 x 3 pixels
+    assert losses.tissue_bias(output, target, mask).item() == pytest.approx(wanted, rel=0.05)
+    assert losses.tissue_bias(target, target, mask).item() == 0
+    no_mask = losses.tissue_bias(output, target, None).item()
+    assert 0 < no_mask < losses.tissue_bias(output, target, mask).item()
+
+
 def test_tissues_by_hu_name_the_tissues_of_a_noisy_slice():
     levels = {"air": -1000, "skin": -100, "csf": 6, "brain": 36, "bone": 700}
     hu = torch.tensor(list(levels.values())).float().repeat_interleave(12).expand(1, 1, 20, 60)

@@ -33,6 +33,7 @@ def parsed(*words):
         ["--model", "autoencoder", "--encoder", "baseline", "--width", 2, "--loss", "l1-ssim"],
         ["--widths", 4, 8, "--slices", 3, "--dose-aware", "--loss", "tissue-weighted", "--crop", 24],
         ["--widths", 4, 8, "--loss", "lesion-mse", "--target", "noisy", *PROJECTION],
+        ["--widths", 4, 8, "--loss", "tissue-weighted", "--bias-weight", 0.2],
     ],
     ids=lambda options: "-".join(str(word).lstrip("-") for word in options[:4]),
 )
@@ -105,6 +106,8 @@ def test_per_dose_trains_a_network_for_each_dose(split_data, tmp_path):
         (["--lam-lat", 2], "--lam-lat: only for --model student"),
         (["--teacher", "x.pt"], "--teacher: only for --model student"),
         (["--model", "student", "--loss", "mse"], "--loss: the student has its own"),
+        (["--model", "student", "--bias-weight", 1], "--bias-weight: the student has its own"),
+        (["--bias-weight", 0], "--bias-weight"),
         (["--model", "student", "--teacher", "x.pt", "--epochs-teacher", 3], "--epochs-teacher"),
         (["--model", "student", "--lam-perc", 0, "--perceptual", "vgg19"], "--lam-perc 0"),
         (["--crop", 64], "--crop 64: slices have 32 x 32"),
