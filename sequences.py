@@ -45,6 +45,16 @@ def lengths_of(mask: torch.Tensor) -> torch.Tensor:
     return lengths
 
 
+def largest_of(slices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The largest of each scan's slices, whatever the padding: (B, S, F), (B, S) bool -> (B, F)."""
+    return slices.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
+
+
+def zeroed(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 class BiLSTM(nn.Module):
     """A bidirectional LSTM over scans of different lengths.
 
@@ -120,8 +130,10 @@ class CNNBiLSTM(SequenceModel):
     embedding: what the BiLSTM sees of a slice, the CNN's features behind a linear layer and a layer norm,
     which unlike batch norm does the same for every scan of a batch, and keeps the gates of the LSTM from
     saturation whatever the CNN. hidden: states in each direction. dropout: before the scan's head, and
-    between layers of the BiLSTM; that of the slices' head is the CNN's own.
-    Source: CNN-BiLSTM at patient level (PhysioNet CT-ICH)."""
+    between layers of the BiLSTM; that of the slices' head is the CNN's own. max_skip: add the largest logit
+    of the slices to those of the scan, whose head begins at 0: the network begins as the max rule, and the
+    BiLSTM learns what that rule lacks.
+    Source: CNN-BiLSTM at patient level (PhysioNet CT-ICH); max_skip is ours."""
 
     def __init__(
         self,
@@ -132,14 +144,18 @@ class CNNBiLSTM(SequenceModel):
         hidden: int = 256,
         layers: int = 1,
         dropout: float = 0.0,
+        max_skip: bool = False,
     ) -> None:
         super().__init__(cnn, classes)
+        self.max_skip = max_skip
         self.project = nn.Sequential(
             nn.Linear(self.cnn.head.in_features, embedding), nn.LayerNorm(embedding), nn.ReLU()
         )
         self.bilstm = BiLSTM(embedding, hidden, layers, dropout)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * hidden, len(self.classes))
+        if max_skip:
+            zeroed(self.head)
 
     def forward(self, hu: torch.Tensor, mask: torch.Tensor, slices_at_once: int | None = None) -> Reading:
         """slices_at_once: of the CNN, against a lack of memory; in eval mode only."""
@@ -147,7 +163,8 @@ class CNNBiLSTM(SequenceModel):
         embedded = self.on_slices(self.cnn.embed, hu, mask, slices_at_once)
         slices = self.cnn.head(self.cnn.dropout(embedded)).float()
         _, final = self.bilstm(padded(self.project(embedded), mask), lengths)
-        return Reading(self.head(self.dropout(final)).float(), padded(slices, mask))
+        scan, slices = self.head(self.dropout(final)).float(), padded(slices, mask)
+        return Reading(scan + largest_of(slices, mask) if self.max_skip else scan, slices)
 
 
 # ---------------------------------------------------------------- in two stages
@@ -159,14 +176,24 @@ class FeatureReader(nn.Module):
     The scan's head sees the largest and the mean value over the slices of what the slices' head sees."""
 
     def __init__(
-        self, features: int, classes: int, *, hidden: int, layers: int, dropout: float, head_dropout: float
+        self,
+        features: int,
+        classes: int,
+        *,
+        hidden: int,
+        layers: int,
+        dropout: float,
+        head_dropout: float,
+        max_skip: bool,
     ) -> None:
         super().__init__()
-        self.features, self.classes = features, classes
+        self.features, self.classes, self.max_skip = features, classes, max_skip
         self.bilstm = BiLSTM(features, hidden, layers, dropout)
         self.dropout = nn.Dropout(head_dropout)
         self.slice_head = nn.Linear(2 * hidden + classes, classes)
         self.scan_head = nn.Linear(2 * (2 * hidden + classes), classes)
+        if max_skip:
+            zeroed(self.scan_head)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> Reading:
         """features: (B, S, features). mask: (B, S) bool. Raises ValueError for other shapes."""
@@ -182,10 +209,9 @@ class FeatureReader(nn.Module):
         outputs, _ = self.bilstm(features, lengths)
         seen = torch.cat([outputs, features[..., -self.classes :]], dim=2)
         mean = seen.sum(dim=1) / lengths.to(seen.device)[:, None]  # the padding is 0
-        largest = seen.masked_fill(~longest[..., None], -torch.inf).amax(dim=1)
-        scan = self.scan_head(self.dropout(torch.cat([largest, mean], dim=1)))
-        slices = self.slice_head(self.dropout(seen[longest]))
-        return Reading(scan.float(), padded(slices.float(), mask))
+        scan = self.scan_head(self.dropout(torch.cat([largest_of(seen, longest), mean], dim=1))).float()
+        slices = padded(self.slice_head(self.dropout(seen[longest])).float(), mask)
+        return Reading(scan + largest_of(slices, mask) if self.max_skip else scan, slices)
 
 
 class TwoStage(SequenceModel):
@@ -195,6 +221,7 @@ class TwoStage(SequenceModel):
     CNN's probabilities. In training the latter have to come from a CNN that has not learnt that scan, so that
     `read` takes features that were worked out before; `reader` is the network behind it and holds all that
     learns. hidden: states in each direction. dropout: between layers; head_dropout: before the heads.
+    max_skip: as for CNNBiLSTM.
     Raises ValueError if the embedding has fewer components. Source: Burduja et al. 2020; the scan's head is
     ours."""
 
@@ -208,6 +235,7 @@ class TwoStage(SequenceModel):
         layers: int = 3,
         dropout: float = 0.3,
         head_dropout: float = 0.5,
+        max_skip: bool = False,
     ) -> None:
         super().__init__(cnn, classes)
         freeze(self.cnn)
@@ -223,6 +251,7 @@ class TwoStage(SequenceModel):
             layers=layers,
             dropout=dropout,
             head_dropout=head_dropout,
+            max_skip=max_skip,
         )
 
     def set_pca(self, mean: torch.Tensor, components: torch.Tensor) -> None:

@@ -122,6 +122,12 @@ def get_parser() -> stage.StageParser:
     )
     group.add_argument("--hidden", type=stage.positive_int, help="states of the BiLSTM (default: 256)")
     group.add_argument(
+        "--max-skip",
+        action="store_true",
+        default=None,
+        help="add the largest logit of the slices to those of the scan",
+    )
+    group.add_argument(
         "--cnn",
         type=Path,
         help="trained classifier of slices: cnn-bilstm begins with it, two-stage keeps it (default: none; "
@@ -186,6 +192,7 @@ ONLY_FOR = {
     "scan_length": SEQUENCE_MODELS,
     "auxiliary_loss_weight": SEQUENCE_MODELS,
     "hidden": SEQUENCE_MODELS,
+    "max_skip": SEQUENCE_MODELS,
     "backbone": SEQUENCE_MODELS,
     "cnn": SEQUENCE_MODELS,
     "folds": ("two-stage",),
@@ -451,7 +458,9 @@ def scan_batches(run: Run) -> dict[str, Any]:
 
 
 def sequence_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    return {} if args.hidden is None else {"hidden": args.hidden}
+    """What the options say of the network behind the CNN."""
+    given = {name: getattr(args, name) for name in ("hidden", "max_skip")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def train_end_to_end(run: Run, args: argparse.Namespace) -> Path | None:

@@ -21,6 +21,7 @@ SMALL = {
 FORMS = {name: (name, {"cnn": CNN, **SMALL[name]}) for name in SEQUENCE_MODELS}
 FORMS |= {f"{name}-2.5d": (name, {"cnn": STACKED, **SMALL[name]}) for name in SEQUENCE_MODELS}
 FORMS["cnn-bilstm-deep"] = ("cnn-bilstm", {"cnn": CNN, **SMALL["cnn-bilstm"], "layers": 2, "dropout": 0.2})
+FORMS |= {f"{name}-skip": (name, {"cnn": CNN, **SMALL[name], "max_skip": True}) for name in SEQUENCE_MODELS}
 LENGTHS = (2, 5, 1, 4)
 
 
@@ -113,6 +114,22 @@ def test_slices_in_parts_are_read_as_all_at_once(form):
         for at_once in (1, 5, 100):
             for part, whole in zip(model(hu, mask, slices_at_once=at_once), model(hu, mask), strict=True):
                 torch.testing.assert_close(part, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SEQUENCE_MODELS)
+def test_with_max_skip_a_network_begins_as_the_max_rule(name):
+    torch.manual_seed(0)
+    model = build_model(name, classes=CLASSES, cnn=CNN, **SMALL[name], max_skip=True).eval()
+    if name == "two-stage":
+        model.set_pca(torch.randn(model.cnn.head.in_features), torch.randn_like(model.pca_components))
+    hu, mask = scans(model, fill=torch.nan)
+    with torch.inference_mode():
+        reading = model(hu, mask)
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(reading.scan[row], reading.slices[row, :length].amax(dim=0))
+    model(hu, mask).scan.sum().backward()
+    head = model.head if name == "cnn-bilstm" else model.reader.scan_head
+    assert head.weight.grad.abs().sum() > 0  # and goes on from there
 
 
 def test_parts_are_refused_where_batch_norm_would_learn_from_them():

@@ -40,7 +40,7 @@ def with_denoiser(split_data, tmp_path):
     "options",
     [
         SMALL,
-        [*SMALL, *SCANS, "--model", "cnn-bilstm", "--scan-length", 4],
+        [*SMALL, *SCANS, "--model", "cnn-bilstm", "--scan-length", 4, "--max-skip"],
         [*SMALL, *TWO_STAGE],
         [*TOY, "--model", "statistics"],
     ],
@@ -253,6 +253,7 @@ def test_principal_components_have_no_correlation_and_are_refused_beyond_the_sli
     ("options", "words"),
     [
         (["--scans", 2], "--scans: only for --model cnn-bilstm and two-stage"),
+        (["--max-skip"], "--max-skip: only for --model cnn-bilstm and two-stage"),
         (["--model", "cnn-bilstm", "--batch-size", 8], "--batch-size: cnn-bilstm learns from whole scans"),
         (["--model", "cnn-bilstm", "--folds", 3], "--folds: only for --model two-stage"),
         (["--model", "cnn-bilstm", "--input", "joint"], "--input joint: for networks of slices"),
