@@ -1,5 +1,7 @@
 """The denoiser stage: every network and objective through its command line, at toy size."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,16 @@ def test_every_network_trains_and_its_checkpoint_denoises(split_data, tmp_path, 
     assert facts["model"]["name"] == (options[1] if options[0] == "--model" else "unet")
     if "--dose-aware" in options:
         assert model.dose_aware
+
+
+def test_bias_weight_adds_the_mean_errors_of_tissues_to_the_loss(split_data, tmp_path):
+    losses = []
+    for name, more in (("plain", []), ("once", ["--bias-weight", 1]), ("twice", ["--bias-weight", 2])):
+        run(split_data, tmp_path, "--widths", 4, 8, "--lr", 1e-12, "--name", name, *more)
+        losses.append(json.loads((tmp_path / f"{name}.jsonl").read_text())["train_loss"])
+    plain, once, twice = losses
+    assert once > plain
+    assert twice - plain == pytest.approx(2 * (once - plain), rel=1e-4)
 
 
 def test_student_learns_before_its_teachers_decoder_which_does_not_change(split_data, tmp_path):
