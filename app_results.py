@@ -91,10 +91,19 @@ def overview_page(folders: Folders) -> None:
     chosen = one_study(rows, level)
     arms = arm_rows(folders.results, chosen, level)
     st.dataframe(headline_table(folders.results, chosen, arms, level), hide_index=True, placeholder="n/a")
-    st.caption("AUC with 95 % intervals; of images: low dose → denoised.")
+    st.caption(f"AUC with 95 % intervals; of images: low dose → denoised. {of_fewer_patients(arms)}")
     show_legend(chosen["arm"].unique())
     show_curves(chosen, arms, level)
     show_provenance(folders, file, manifest, rows)
+
+
+def of_fewer_patients(arms: pd.DataFrame) -> str:
+    """Which arms were measured on a part of the patients, as those of slow denoisers may be; "" if none."""
+    if "n_patients" not in arms or not len(arms):
+        return ""
+    counts = arms.groupby("line", sort=False)["n_patients"].min().astype(int)
+    fewer = [f"{line} on {count}" for line, count in counts.items() if count < counts.max()]
+    return f"Measured on fewer than the {counts.max()} patients: {', '.join(fewer)}." if fewer else ""
 
 
 def no_results(folders: Folders) -> None:

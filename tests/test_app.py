@@ -1160,3 +1160,10 @@ def test_strip_has_one_line_for_networks_that_differ_by_their_seed_alone():
     np.testing.assert_allclose(seeded.values, [0.4, 0.0])
     assert (alone.label, alone.threshold) == ("1n", 0.4)
     assert app_viewer.strip_lines([], []) == []
+
+
+def test_overview_names_arms_of_fewer_patients():
+    arms = pd.DataFrame({"line": ["1", "1", "2 bm3d", "2 bm3d"], "n_patients": [30, 30, 4, 5]})
+    assert app_results.of_fewer_patients(arms) == "Measured on fewer than the 30 patients: 2 bm3d on 4."
+    assert app_results.of_fewer_patients(arms[:2]) == ""
+    assert app_results.of_fewer_patients(arms[["line"]]) == ""
