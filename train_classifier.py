@@ -519,8 +519,16 @@ def train_end_to_end(run: Run, args: argparse.Namespace) -> Path | None:
     )
 
 
+# options of two-stage that decide nothing before its BiLSTM: with others, the CNNs that are there still serve
+OF_SEQUENCE = (
+    *("scans", "scan_length", "auxiliary_loss_weight", "hidden", "max_skip"),
+    *("components", "epochs_sequence", "lr_sequence"),
+)
+
+
 def train_two_stage(run: Run, args: argparse.Namespace) -> Path | None:
     """A CNN, unless there is one, CNNs of folds, embeddings and their PCA, and the BiLSTM over these."""
+    before = with_options(args, **dict.fromkeys(OF_SEQUENCE))
     count, components = args.folds or FOLDS, args.components or COMPONENTS
     folds = two_stage.folds_of(run.train, count, args.seed)
     if args.cnn is not None:
@@ -528,9 +536,9 @@ def train_two_stage(run: Run, args: argparse.Namespace) -> Path | None:
     else:
         backbone = args.backbone or "resnet18"
         one = {"name": backbone, "kwargs": cnn_kwargs(args, backbone)}
-        path = train_slices(run, with_options(args, name=f"{args.name}.cnn"), one)
+        path = train_slices(run, with_options(before, name=f"{args.name}.cnn"), one)
     paths = [
-        train_slices(run, with_options(args, name=f"{args.name}.cnn.fold{number}"), one, folds != number)
+        train_slices(run, with_options(before, name=f"{args.name}.cnn.fold{number}"), one, folds != number)
         for number in range(count)
     ]
     names = [f"{args.name}.cnn.fold{number}.pt" for number in range(count)]

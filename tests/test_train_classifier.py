@@ -176,6 +176,13 @@ def test_two_stage_keeps_its_cnn_and_features_and_resumes_without_working_them_o
     with monkeypatch.context() as patch:
         patch.setattr(train_classifier.two_stage, "ask", None)
         run(split_data, tmp_path, *SMALL, *TWO_STAGE, "--resume")
+        for path in tmp_path.glob("classifier.*"):  # another BiLSTM behind the same CNNs
+            if path.is_file() and not path.name.startswith("classifier.cnn"):
+                path.unlink()
+        run(split_data, tmp_path, *SMALL, *TWO_STAGE, "--resume", "--hidden", 8, "--max-skip")
+    again = checkpoints.load(tmp_path / "classifier.pt", "classifier")
+    assert again["model"]["kwargs"]["hidden"] == 8 and again["model"]["kwargs"]["max_skip"]
+    assert torch.equal(again["state"]["pca_components"], whole["pca_components"])
     run(
         *(split_data, tmp_path / "other", *TOY, *TWO_STAGE),
         *("--cnn", tmp_path / "classifier.cnn.pt", "--name", "again"),
