@@ -294,12 +294,6 @@ def quality_of_patients(
     return {name: np.array(values) for name, values in found.items()}
 
 
-def mean_over_patients(found: dict[str, np.ndarray]) -> dict[str, float]:
-    """name -> the mean over the patients that have the figure; NaN where none has."""
-    known = {name: values[~np.isnan(values)] for name, values in found.items()}
-    return {name: float(values.mean()) if len(values) else math.nan for name, values in known.items()}
-
-
 # ---------------------------------------------------------------- a model observer
 
 

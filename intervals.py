@@ -137,27 +137,6 @@ def bootstrap_auc(
     return patient_bootstrap(auc, len(np.unique(patients)), seed=seed, replicates=replicates, level=level)
 
 
-def bootstrap_auc_difference(
-    targets: np.ndarray,
-    scores_a: np.ndarray,
-    scores_b: np.ndarray,
-    patients: np.ndarray,
-    *,
-    seed: int,
-    replicates: int = BOOTSTRAP_REPLICATES,
-    level: float = LEVEL,
-) -> Interval:
-    """Interval of AUC(a) - AUC(b) of the same slices, each replicate drawing the same patients for both."""
-    auc_a, auc_b = (auc_of_draws(targets, scores, patients) for scores in (scores_a, scores_b))
-    return patient_bootstrap(
-        lambda times: auc_a(times) - auc_b(times),
-        len(np.unique(patients)),
-        seed=seed,
-        replicates=replicates,
-        level=level,
-    )
-
-
 def bootstrap_sums(
     terms: np.ndarray,
     patients: np.ndarray,

@@ -299,13 +299,6 @@ def match_lesions(truth: np.ndarray, predicted: np.ndarray) -> MatchedLesions:
     return MatchedLesions(lesion_voxels, overlap, np.column_stack([lesion, component]), components)
 
 
-def lesion_counts(truth: np.ndarray, predicted: np.ndarray, criterion: str = "any") -> LesionCounts:
-    """Lesions found, missed and invented in a case, by a criterion of DETECTION_IOU; see match_lesions.
-
-    Sum them over cases before lesion_rates: LesionCounts(*np.sum(counts, axis=0))."""
-    return match_lesions(truth, predicted).counts(criterion)
-
-
 def lesion_rates(counts: LesionCounts) -> dict[str, float]:
     """precision, recall and f1 over lesions from counts summed over cases; NaN where a denominator is 0."""
     return {name: _share(*ratio) for name, ratio in _lesion_ratios(*counts).items()}

@@ -265,10 +265,8 @@ def test_quality_of_patients_in_parts_is_that_of_all_together():
         for name, values in part.items():
             np.testing.assert_array_equal(values, whole[name][place : place + 1])
     assert np.isnan(whole["contrast_kept_blood"]).tolist() == [False, False, True]
-    means = d.mean_over_patients(whole)
-    assert means["contrast_kept_blood"] == pytest.approx(whole["contrast_kept_blood"][:2].mean())
-    assert means["noise_sd_hu"] == pytest.approx(5, rel=0.05)
-    assert math.isnan(means["contrast_kept_infarct"])
+    assert whole["noise_sd_hu"] == pytest.approx(5, rel=0.1)
+    assert np.isnan(whole["contrast_kept_infarct"]).all()
 
 
 def test_slices_of_a_patient_need_not_be_neighbours():
@@ -305,7 +303,7 @@ def test_low_dose_of_a_phantom_has_noise_by_dose_and_keeps_contrast_and_edges(sc
         given = {"spacing_mm": p.spacing_mm, "noise_hu": 4.0}
         low = simulate_scan(p.hu, "projection", [dose] * 12, range(12), **given)
         parts = (p.truth, p.mask, inside, classes, np.zeros(12), p.spacing_mm[1])
-        found[dose] = d.mean_over_patients(d.quality_of_patients(low, *parts))
+        found[dose] = {name: values[0] for name, values in d.quality_of_patients(low, *parts).items()}
         assert found[dose]["edge_sharpness_brain"] == pytest.approx(1, abs=0.05)
         assert found[dose]["edge_sharpness_skull"] == pytest.approx(1, abs=0.01)
         assert found[dose]["contrast_kept_blood"] == pytest.approx(1, abs=0.05)

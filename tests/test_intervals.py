@@ -78,21 +78,6 @@ def test_bootstrap_of_one_patient_has_no_width(scored):
     assert tuple(found) == pytest.approx((roc_auc_score(*scored),) * 2, abs=1e-12)
 
 
-def test_bootstrap_of_a_difference_is_paired(scored, rng):
-    targets, scores = scored
-    patients = np.arange(300) // 10
-    same = intervals.bootstrap_auc_difference(targets, scores, scores + 1, patients, seed=0, replicates=100)
-    assert same == (0, 0)
-    better = scores + 0.1 * targets
-    low, high = intervals.bootstrap_auc_difference(targets, better, scores, patients, seed=0)
-    of_better = intervals.auc_of_draws(targets, better, patients)
-    of_scores = intervals.auc_of_draws(targets, scores, patients)
-    values = [of_better(t) - of_scores(t) for t in intervals.patient_draws(30, 0, 2000)]
-    assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-12)
-    alone = intervals.bootstrap_auc(targets, better, patients, seed=0)
-    assert low > 0 and high - low < alone.high - alone.low
-
-
 @pytest.mark.parametrize(
     ("terms", "statistic", "oracle"),
     [

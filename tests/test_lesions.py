@@ -334,12 +334,12 @@ def counts_by_definition(truth, predicted, least):
 
 
 @pytest.mark.parametrize("criterion", lesions.DETECTION_IOU)
-def test_lesion_counts_equal_brute_force(criterion):
+def test_counts_of_matched_lesions_equal_brute_force(criterion):
     total = np.zeros(3)
     for seed in range(20):
         truth, predicted = pair(seed)
         oracle = counts_by_definition(truth, predicted, lesions.DETECTION_IOU[criterion])
-        assert lesions.lesion_counts(truth, predicted, criterion) == oracle
+        assert lesions.match_lesions(truth, predicted).counts(criterion) == oracle
         total += oracle
         sizes = np.bincount(label(truth, connectivity=3).ravel())[1:]
         assert sorted(lesions.match_lesions(truth, predicted).voxels) == sorted(sizes)
@@ -357,7 +357,7 @@ def test_lesions_that_meet_at_a_corner_are_one_and_with_a_gap_two():
 def test_one_component_over_two_lesions_finds_both():
     truth = box((2, 2, 2), (2, 4, 4)) | box((2, 2, 10), (2, 4, 4))
     predicted = box((2, 2, 2), (2, 4, 12))
-    assert lesions.lesion_counts(truth, predicted, "any") == (2, 0, 0)
+    assert lesions.match_lesions(truth, predicted).counts("any") == (2, 0, 0)
     found = lesions.match_lesions(truth, predicted)
     np.testing.assert_allclose(found.iou, 1 / 3)  # each against the whole component
     assert found.counts("iou") == (2, 0, 0)
@@ -366,36 +366,36 @@ def test_one_component_over_two_lesions_finds_both():
 def test_one_component_over_a_large_and_a_tiny_lesion_finds_the_large_by_iou():
     truth = box((2, 2, 2), (2, 4, 9)) | box((2, 2, 13), (1, 1, 1))
     predicted = box((2, 2, 2), (2, 4, 12))
-    assert lesions.lesion_counts(truth, predicted, "any") == (2, 0, 0)
-    assert lesions.lesion_counts(truth, predicted, "iou") == (1, 1, 0)
+    assert lesions.match_lesions(truth, predicted).counts("any") == (2, 0, 0)
+    assert lesions.match_lesions(truth, predicted).counts("iou") == (1, 1, 0)
 
 
 def test_one_lesion_in_two_pieces_is_found_once_without_false_positive():
     truth = box((2, 2, 2), (2, 4, 12))
     predicted = box((2, 2, 2), (2, 4, 1)) | box((2, 2, 13), (2, 4, 1))
     for criterion in lesions.DETECTION_IOU:
-        assert lesions.lesion_counts(truth, predicted, criterion) == (1, 0, 0)
+        assert lesions.match_lesions(truth, predicted).counts(criterion) == (1, 0, 0)
     np.testing.assert_allclose(lesions.match_lesions(truth, predicted).iou, 1 / 6)  # the pieces together
 
 
 def test_lesion_grazed_is_found_by_any_and_missed_by_iou_with_a_false_positive():
     truth, predicted = box((2, 2, 2), (2, 4, 4)), box((3, 5, 5), (3, 4, 4))
-    assert lesions.lesion_counts(truth, predicted, "any") == (1, 0, 0)
-    assert lesions.lesion_counts(truth, predicted, "iou") == (0, 1, 1)
+    assert lesions.match_lesions(truth, predicted).counts("any") == (1, 0, 0)
+    assert lesions.match_lesions(truth, predicted).counts("iou") == (0, 1, 1)
 
 
 def test_lesion_at_iou_of_a_tenth_is_found():
     truth, predicted = box((0, 0, 0), (1, 1, 10)), box((0, 0, 0), (1, 1, 1))
-    assert lesions.lesion_counts(truth, predicted, "iou") == (1, 0, 0)
-    assert lesions.lesion_counts(box((0, 0, 0), (1, 1, 11)), predicted, "iou") == (0, 1, 1)
+    assert lesions.match_lesions(truth, predicted).counts("iou") == (1, 0, 0)
+    assert lesions.match_lesions(box((0, 0, 0), (1, 1, 11)), predicted).counts("iou") == (0, 1, 1)
 
 
-def test_lesion_counts_with_empty_masks():
+def test_counts_of_matched_lesions_with_empty_masks():
     two, nothing = box((0, 0, 0), (1, 2, 2)) | box((9, 9, 9), (1, 1, 1)), empty((20, 33, 31))
     for criterion in lesions.DETECTION_IOU:
-        assert lesions.lesion_counts(two, nothing, criterion) == (0, 2, 0)
-        assert lesions.lesion_counts(nothing, two, criterion) == (0, 0, 2)
-        assert lesions.lesion_counts(nothing, nothing, criterion) == (0, 0, 0)
+        assert lesions.match_lesions(two, nothing).counts(criterion) == (0, 2, 0)
+        assert lesions.match_lesions(nothing, two).counts(criterion) == (0, 0, 2)
+        assert lesions.match_lesions(nothing, nothing).counts(criterion) == (0, 0, 0)
 
 
 def test_lesion_rates_of_summed_counts():
@@ -408,7 +408,7 @@ def test_lesion_rates_of_summed_counts():
 
 def test_criterion_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="'most': must be one of any, iou"):
-        lesions.lesion_counts(empty(), empty(), "most")
+        lesions.match_lesions(empty(), empty()).counts("most")
 
 
 # ---------------------------------------------------------------- one case
