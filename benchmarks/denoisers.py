@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument(
         "--bias-weight",
         type=stage.positive_float,
-        help="train the best with this weight of the tissues' mean errors too (default: none)",
+        help="train the best from as many images as the five with this --bias-weight too (default: none)",
     )
     parser.add_argument("--images", type=stage.positive_int, default=4000, help="(default: 4000)")
     parser.add_argument(
@@ -356,8 +356,8 @@ def main() -> None:
     together = Run(best, len(TRAINED) * args.images, target, "five")  # as many images as all of them
     paths[together.name] = train(together, data, models, count, args.loss, args.device)
     if args.bias_weight is not None:
-        run = Run(best, args.images, target, f"bias{args.bias_weight:g}", bias_weight=args.bias_weight)
-        paths[run.name] = train(run, data, models, count, args.loss, args.device)
+        fair = together._replace(end=f"{together.end}.bias{args.bias_weight:g}", bias_weight=args.bias_weight)
+        paths[fair.name] = train(fair, data, models, count, args.loss, args.device)
     strengths = {
         name: kept(
             work / f"strength-{name}.json",
