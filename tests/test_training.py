@@ -416,6 +416,15 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def hang_up_ends():
+    """SIGHUP as in a terminal, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up_ends")
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_interrupted_anywhere_and_resumed_ends_with_the_same_weights(tmp_path, kind):
     whole = fit(tmp_path / "whole", **KINDS[kind])
