@@ -113,7 +113,8 @@ def tissue_bias(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor |
 
     What is nearest in the mean square draws thin sulci and thin bleeds towards what surrounds them, and the
     more so the less dose there is; this term asks for their mean HU. Tissues are those of the target's HU
-    (tissues_by_hu). mask: (B, 1, H, W) lesion classes, or None where the data have none."""
+    (tissues_by_hu): where these are noisy, noise decides at the limit of two tissues, and what it sorted out
+    is no error of the output. mask: (B, 1, H, W) lesion classes, or None where the data have none."""
     tissues = tissues_by_hu(target)
     free = torch.ones_like(tissues, dtype=torch.bool) if mask is None else mask == 0
     places = [free & (tissues == anatomy.TISSUES[name]) for name in ("brain", "csf")]

@@ -347,6 +347,10 @@ def main() -> None:
     target = args.targets[0]
     first = {name: paths[Run(name, args.images, target).name] for name in names}
     best = args.per_dose or min(names, key=lambda name: min(e["rmse_hu"] for e in logged(first[name])))
+    if args.bias_weight is not None and PRESETS[best][0] == "student":
+        parser.error(
+            f"--bias-weight: {best} has a loss of its own (leave it out, or name another --per-dose)"
+        )
     own = {
         dose: train(
             Run(best, args.images, target, f"dose{dose:g}", dose), data, models, count, args.loss, args.device

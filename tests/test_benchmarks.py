@@ -51,6 +51,18 @@ def test_training_benchmark_measures_the_same_loss_both_ways(script):
     assert math.isfinite(own["images_per_s"])
 
 
+def test_denoiser_benchmark_calls_no_two_trainings_alike(script, tmp_path):
+    module = script("denoisers")
+    names, targets = ["unet-cpu", "redcnn-cpu"], ["truth", "clean"]
+    for name in names:
+        (tmp_path / f"{name}.truth.jsonl").write_text('{"images_per_s": 20.0}\n')
+    runs = list(module.runs_of(names, targets, 400, 60.0, tmp_path))
+    assert [run.name for run in runs[:4]] == [*(f"{name}.truth" for name in names), *names]
+    assert [(run.name, run.images) for run in runs[4:]] == [(f"{name}.truth.time", 1200) for name in names]
+    one = runs[0]._replace(end="five", bias_weight=0.2)
+    assert one.name == "unet-cpu.truth.five"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
 def test_every_benchmark_can_be_loaded(script, name):
     assert script(name).__doc__
