@@ -50,7 +50,7 @@ def largest_of(slices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return slices.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
 
 
-def zeroed(layer: nn.Linear) -> None:
+def _begin_at_zero(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
@@ -155,7 +155,7 @@ class CNNBiLSTM(SequenceModel):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * hidden, len(self.classes))
         if max_skip:
-            zeroed(self.head)
+            _begin_at_zero(self.head)
 
     def forward(self, hu: torch.Tensor, mask: torch.Tensor, slices_at_once: int | None = None) -> Reading:
         """slices_at_once: of the CNN, against a lack of memory; in eval mode only."""
@@ -193,7 +193,7 @@ class FeatureReader(nn.Module):
         self.slice_head = nn.Linear(2 * hidden + classes, classes)
         self.scan_head = nn.Linear(2 * (2 * hidden + classes), classes)
         if max_skip:
-            zeroed(self.scan_head)
+            _begin_at_zero(self.scan_head)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> Reading:
         """features: (B, S, features). mask: (B, S) bool. Raises ValueError for other shapes."""

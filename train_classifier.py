@@ -125,7 +125,7 @@ def get_parser() -> stage.StageParser:
         "--max-skip",
         action="store_true",
         default=None,
-        help="add the largest logit of the slices to those of the scan",
+        help="add the largest logit of the slices to those of the scan: begins as the max rule",
     )
     group.add_argument(
         "--cnn",
