@@ -359,34 +359,28 @@ class REDCNNDenoiser(Denoiser):
 # ---------------------------------------------------------------- the anatomy-aware system
 
 
-def _conv_norm(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-    )
+def _conv_relu(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2)
+    return nn.Sequential(conv, nn.ReLU(inplace=True))
 
 
-def _up_norm(channels_in: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-    )
+def _up_relu(channels_in: int, channels_out: int) -> nn.Sequential:
+    up = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1)
+    return nn.Sequential(up, nn.ReLU(inplace=True))
 
 
 class _PairEncoder(nn.Module):
-    """The Baseline AE's: pairs of conv-BN-ReLU and four max-pools. Latent 8 width x H/16 x W/16."""
+    """The Baseline AE's: pairs of convolutions and four max-pools. Latent 8 width x H/16 x W/16."""
 
     def __init__(self, width: int, slices: int, dose_aware: bool) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width]
         self.pairs = nn.ModuleList(
-            nn.Sequential(_conv_norm(i, o), _conv_norm(o, o))
+            nn.Sequential(_conv_relu(i, o), _conv_relu(o, o))
             for i, o in zip([slices, *widths[:-1]], widths, strict=True)
         )
         self.pool = nn.MaxPool2d(2)
-        self.last = _conv_norm(8 * width, 8 * width)
+        self.last = _conv_relu(8 * width, 8 * width)
         self.modulations = _modulations(dose_aware, widths)
 
     def forward(self, x: torch.Tensor, level: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -405,7 +399,7 @@ class _PairDecoder(nn.Module):
         widths = [8 * width, 8 * width, 4 * width, 2 * width, width]
         self.layers = nn.Sequential(
             *(
-                nn.Sequential(_up_norm(i, o), _conv_norm(o, o))
+                nn.Sequential(_up_relu(i, o), _conv_relu(o, o))
                 for i, o in zip(widths[:-1], widths[1:], strict=True)
             ),
             nn.Conv2d(width, 1, 3, padding=1),
@@ -491,10 +485,8 @@ class _CBAMBlock(nn.Module):
 
     def __init__(self, channels: int, dose_aware: bool) -> None:
         super().__init__()
-        self.first = _conv_norm(channels, channels)
-        self.second = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-        )
+        self.first = _conv_relu(channels, channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
         self.attention = CBAM(channels)
         self.modulate = Modulation(channels) if dose_aware else _Unmodulated()
 
@@ -504,12 +496,12 @@ class _CBAMBlock(nn.Module):
 
 
 class _ResEncoder(nn.Module):
-    """Head 7x7, three conv-BN-ReLU of stride 2, residual blocks with CBAM. Latent 8 width x H/8 x W/8."""
+    """Head 7x7, three convolutions of stride 2, residual blocks with CBAM. Latent 8 width x H/8 x W/8."""
 
     def __init__(self, width: int, slices: int, dose_aware: bool) -> None:
         super().__init__()
-        self.head = _conv_norm(slices, width, kernel=7)
-        self.downs = nn.ModuleList(_conv_norm(i, 2 * i, stride=2) for i in (width, 2 * width, 4 * width))
+        self.head = _conv_relu(slices, width, kernel=7)
+        self.downs = nn.ModuleList(_conv_relu(i, 2 * i, stride=2) for i in (width, 2 * width, 4 * width))
         self.blocks = nn.ModuleList(_CBAMBlock(8 * width, dose_aware) for _ in range(RESIDUAL_BLOCKS))
 
     def forward(self, x: torch.Tensor, level: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -523,13 +515,13 @@ class _ResEncoder(nn.Module):
 
 
 class _ResDecoder(nn.Module):
-    """Three transposed convolutions with BN and ReLU, then 7x7; with skips each takes in a feature map."""
+    """Three transposed convolutions, then 7x7; with skips each takes in a feature map."""
 
     def __init__(self, width: int, with_skips: bool = False) -> None:
         super().__init__()
         widths = (4 * width, 2 * width, width)
-        self.ups = nn.ModuleList(_up_norm(2 * i, i) for i in widths)
-        self.merges = nn.ModuleList(_conv_norm(2 * i, i) for i in widths) if with_skips else None
+        self.ups = nn.ModuleList(_up_relu(2 * i, i) for i in widths)
+        self.merges = nn.ModuleList(_conv_relu(2 * i, i) for i in widths) if with_skips else None
         self.head = nn.Conv2d(width, 1, 7, padding=3)
 
     def forward(self, latent: torch.Tensor, skips: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -541,20 +533,107 @@ class _ResDecoder(nn.Module):
         return self.head(x)
 
 
+# ---------------------------------------------------------------- how the anatomy-aware system starts
+
+# The 2 x 2 pixels that one of the next level covers, as (row, column) of a kernel of 3 x 3 with stride 2; and
+# of a transposed one of 4 x 4, where these four places write that pixel's own 2 x 2
+STEP_TAPS = ((1, 1), (1, 2), (2, 1), (2, 2))
+IDENTITY_WIDTH = 16  # fewer channels cannot hold 8 x 8 pixels with both signs at an eighth of the size
+
+
+class _Wire(NamedTuple):
+    """An output channel of a convolution that copies an input channel. tap: (row, column) of the kernel."""
+
+    out: int
+    source: int
+    tap: tuple[int, int]
+    gain: float = 1.0
+
+
+@torch.no_grad()
+def _wire(layer: nn.Conv2d | nn.ConvTranspose2d, wires: Sequence[_Wire]) -> None:
+    """Let output channels of a layer do what their wires say, and nothing else."""
+    weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+    for wire in wires:
+        weight[wire.out], layer.bias[wire.out] = 0, 0
+    for wire in wires:
+        weight[wire.out, wire.source, *wire.tap] = wire.gain
+
+
+def _start_as_identity(
+    head: nn.Conv2d,
+    downs: Sequence[nn.Conv2d],
+    ups: Sequence[nn.ConvTranspose2d],
+    end: nn.Conv2d,
+    passing: Sequence[tuple[nn.Conv2d, int]],
+) -> None:
+    """Let the layers of an encoder and its decoder give their input back, through every ReLU.
+
+    passing: layers between them, each with the levels above it. Every level carries the pixels that it covers
+    in channels of their own, positive and negative parts apart, which ReLU leaves alone and bfloat16 stores
+    finely around 0. All other channels start at random, and no carried one reads them. Networks narrower than
+    IDENTITY_WIDTH are left as they are."""
+    if head.out_channels < IDENTITY_WIDTH:
+        return
+    middle, center = head.in_channels // 2, (head.kernel_size[0] // 2,) * 2
+    _wire(head, [_Wire(0, middle, center), _Wire(1, middle, center, -1.0)])
+    for level, (down, up) in enumerate(zip(downs, reversed(ups), strict=True)):
+        steps = [
+            _Wire(2 * (4 * pixel + place) + sign, 2 * pixel + sign, tap)
+            for pixel in range(4**level)
+            for place, tap in enumerate(STEP_TAPS)
+            for sign in (0, 1)
+        ]
+        _wire(down, steps)
+        _wire(up, [_Wire(step.source, step.out, step.tap) for step in steps])
+    for layer, levels in passing:
+        center = (layer.kernel_size[0] // 2,) * 2
+        _wire(layer, [_Wire(channel, channel, center) for channel in range(2 * 4**levels)])
+    center = (end.kernel_size[0] // 2,) * 2
+    _wire(end, [_Wire(0, 0, center), _Wire(0, 1, center, -1.0)])
+
+
+def _start_pairs(encoder: _PairEncoder, decoder: _PairDecoder) -> None:
+    """At random: what a maximum over 2 x 2 pixels drops cannot be carried."""
+    start_convolutions(encoder)
+    start_convolutions(decoder)
+
+
+def _start_naf(encoder: _NAFEncoder, decoder: _NAFDecoder) -> None:
+    """NAFBlocks are the identity before training, whatever lies around them."""
+    depth = len(encoder.downs)
+    passing = [(encoder.last, depth), (decoder.first, depth)]
+    _start_as_identity(encoder.head, encoder.downs, decoder.ups, decoder.head, passing)
+
+
+def _start_residual(encoder: _ResEncoder, decoder: _ResDecoder) -> None:
+    start_convolutions(encoder)
+    start_convolutions(decoder)
+    for block in encoder.blocks:
+        nn.init.zeros_(block.second.weight)
+    downs, ups = ([conv for conv, _ in layers] for layers in (encoder.downs, decoder.ups))
+    merges = [] if decoder.merges is None else [conv for conv, _ in decoder.merges]
+    passing = [(merge, len(downs) - 1 - place) for place, merge in enumerate(merges)]
+    _start_as_identity(encoder.head[0], downs, ups, decoder.head, passing)
+
+
 class AutoencoderKind(NamedTuple):
-    """An encoder with its decoder, the side of a latent pixel, and the width of the paper."""
+    """An encoder with its decoder, how the two start, the side of a latent pixel, the width of the paper."""
 
     encoder: Callable[..., nn.Module]
     decoder: Callable[..., nn.Module]
+    start: Callable[[nn.Module, nn.Module], None]
     step: int
     width: int
 
 
 AUTOENCODERS = {
-    "baseline": AutoencoderKind(_PairEncoder, _PairDecoder, 16, 64),
-    "nafnet": AutoencoderKind(_NAFEncoder, _NAFDecoder, 8, 32),
-    "resnet": AutoencoderKind(_ResEncoder, _ResDecoder, 8, 32),
-    "unet": AutoencoderKind(_ResEncoder, functools.partial(_ResDecoder, with_skips=True), 8, 32),
+    "baseline": AutoencoderKind(_PairEncoder, _PairDecoder, _start_pairs, 16, 64),
+    "nafnet": AutoencoderKind(_NAFEncoder, _NAFDecoder, _start_naf, 8, 32),
+    "resnet": AutoencoderKind(_ResEncoder, _ResDecoder, _start_residual, 8, 32),
+    "unet": AutoencoderKind(
+        _ResEncoder, functools.partial(_ResDecoder, with_skips=True), _start_residual, 8, 32
+    ),
 }
 
 
@@ -578,8 +657,10 @@ class Autoencoder(Denoiser):
     HU are clipped to the window and scaled to -1..1. What lies beyond it, dense bone, metal and padding, is
     added to the output again as it came, with its noise.
     Raises ValueError for another encoder, or a pool_size where there is no use for it.
-    Source: "Anatomy-Aware CT Scan Denoising". New are a ReLU after every strided layer of nafnet, without
-    which its decoder would be linear behind the last block, and no tanh at the end, which would bend air."""
+    An untrained network returns its input (within the window; not so baseline, and below 16 channels).
+    Source: "Anatomy-Aware CT Scan Denoising". New are that start; a ReLU after every strided layer of nafnet,
+    without which its decoder would be linear behind the last block; no tanh at the end, which would bend air;
+    and no batch norm, as what else is in a batch would decide about a slice's HU."""
 
     def __init__(
         self,
@@ -601,6 +682,7 @@ class Autoencoder(Denoiser):
         self.step = kind.step
         self.encoder = kind.encoder(width, slices, dose_aware, **options)
         self.decoder = kind.decoder(width, **options)
+        kind.start(self.encoder, self.decoder)
 
     def encode(
         self, hu: torch.Tensor, sigma_hu: torch.Tensor | None = None

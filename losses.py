@@ -3,6 +3,7 @@ used on the command line."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from dataset import window_hu
 from denoisers import AUTOENCODER_WINDOW, Encoded
 from lesions import UNKNOWN_KIND
 from weights import freeze, load_weights, read_weights
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 LESION_WEIGHT = 10.0  # of the lesion mask's own MSE, as the paper on simulated low dose for stroke has it
 
@@ -63,16 +66,21 @@ def charbonnier_loss(output: torch.Tensor, target: torch.Tensor, mask: torch.Ten
     return (smooth - CHARBONNIER_HU).mean()
 
 
-def l1_ssim_loss(
+def reconstruction_loss(
     output: torch.Tensor,
     target: torch.Tensor,
-    mask: torch.Tensor | None,  # noqa: ARG001
+    mask: torch.Tensor | None,
+    *,
+    error: Loss = l1_loss,
     alpha: float = 0.5,
+    window: Sequence[float] = AUTOENCODER_WINDOW,
 ) -> torch.Tensor:
-    """L1 + alpha (1 - SSIM), both on -1000..1000 HU: the first in units of 1000 HU, as the networks of the
-    anatomy-aware system see it. It is the loss of the teacher, and a term of the student's."""
-    output, target = scaled(output), scaled(target)
-    return 2 * F.l1_loss(output, target) + alpha * (1 - ssim(output, target))
+    """L1 + alpha (1 - SSIM), both over the window (centre, width in HU): the first in units of half its
+    width, as the networks of the anatomy-aware system see it.
+
+    It is the loss of the teacher, and a term of the student's. error: another loss in HU in place of L1."""
+    similar = ssim(scaled(output, window), scaled(target, window))
+    return error(output, target, mask) / (window[1] / 2) + alpha * (1 - similar)
 
 
 # ---------------------------------------------------------------- anatomy in the loss
@@ -156,9 +164,9 @@ def tissue_map(hu: torch.Tensor, pixel_mm: float) -> torch.Tensor:
 # ---------------------------------------------------------------- terms of the anatomy-aware system
 
 
-def scaled(hu: torch.Tensor) -> torch.Tensor:
-    """HU -> 0..1 over -1000..1000 HU, going on above and below it."""
-    return window_hu(hu, *AUTOENCODER_WINDOW, clip=False)
+def scaled(hu: torch.Tensor, window: Sequence[float] = AUTOENCODER_WINDOW) -> torch.Tensor:
+    """HU -> 0..1 over the window, -1000..1000 HU if none is given, going on above and below it."""
+    return window_hu(hu, *window, clip=False)
 
 
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for a range of 1
@@ -242,7 +250,9 @@ class AnatomyAwareLoss(nn.Module):
         lam_lat MSE(z_s, z_t) + lam_rec [L1 + alpha (1 - SSIM)] + b1 Sobel-gradient L1 + b2 (1 - MS-SSIM)
         + g1 perceptual + w_d sum over four feature maps of MSE(f_s, f_t)
 
-    all on -1000..1000 HU as -1..1. A term of weight 0 is not computed. perceptual: a network of PERCEPTUAL.
+    all over the window (centre, width in HU) of the two networks as -1..1, save the perceptual term, whose
+    network has its own. A term of weight 0 is not computed. perceptual: a network of PERCEPTUAL. error: a
+    loss in HU that stands for L1.
     Raises ValueError if g1 is not 0 and there is none, or all weights are 0.
     Source: "Anatomy-Aware CT Scan Denoising"; it takes w_d 0.5 with RadImageNet, and alpha 0.2 for the
     Baseline AE."""
@@ -250,6 +260,8 @@ class AnatomyAwareLoss(nn.Module):
     def __init__(
         self,
         perceptual: nn.Module | None = None,
+        window: Sequence[float] = AUTOENCODER_WINDOW,
+        error: Loss = l1_loss,
         *,
         lam_lat: float = 1.0,
         lam_rec: float = 1.0,
@@ -262,7 +274,10 @@ class AnatomyAwareLoss(nn.Module):
         super().__init__()
         if g1 and perceptual is None:
             raise ValueError(f"g1 {g1:g}: the perceptual term needs a network (vgg19, radimagenet, or g1 0)")
-        self.perceptual, self.alpha = perceptual, alpha
+        self.perceptual, self.window = perceptual, tuple(window)
+        self.reconstruction = functools.partial(
+            reconstruction_loss, error=error, alpha=alpha, window=self.window
+        )
         self.weights = {
             "latent": lam_lat,
             "reconstruction": lam_rec,
@@ -275,26 +290,35 @@ class AnatomyAwareLoss(nn.Module):
             raise ValueError("all weights are 0: the student would learn nothing (give one another value)")
 
     def terms(
-        self, student: Encoded, teacher: tuple[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor
+        self,
+        student: Encoded,
+        teacher: tuple[torch.Tensor, Sequence[torch.Tensor]],
+        target: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The terms whose weight is not 0, before weighting. Arguments as for forward."""
         latent, features = teacher
+        seen, wanted = scaled(student.output, self.window), scaled(target, self.window)
         compute = {
             "latent": lambda: distillation_loss([student.latent], [latent]),
-            "reconstruction": lambda: l1_ssim_loss(student.output, target, None, self.alpha),
-            "gradient": lambda: gradient_loss(2 * scaled(student.output), 2 * scaled(target)),
-            "ms_ssim": lambda: 1 - ms_ssim(scaled(student.output), scaled(target)),
+            "reconstruction": lambda: self.reconstruction(student.output, target, mask),
+            "gradient": lambda: gradient_loss(2 * seen, 2 * wanted),
+            "ms_ssim": lambda: 1 - ms_ssim(seen, wanted),
             "perceptual": lambda: perceptual_loss(self.perceptual, student.output, target),
             "features": lambda: distillation_loss(student.features, features),
         }
         return {name: compute[name]() for name, weight in self.weights.items() if weight}
 
     def forward(
-        self, student: Encoded, teacher: tuple[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor
+        self,
+        student: Encoded,
+        teacher: tuple[torch.Tensor, Sequence[torch.Tensor]],
+        target: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """student: of its network on the low dose. teacher: (latent, features), encode() of the full dose.
-        target: (B, 1, H, W) HU."""
-        return self.total(self.terms(student, teacher, target))
+        target: (B, 1, H, W) HU. mask: of its lesions, for an error that asks for them."""
+        return self.total(self.terms(student, teacher, target, mask))
 
     def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weighted sum of what `terms` gave."""
@@ -524,14 +548,13 @@ def tversky_loss(
 
 # ---------------------------------------------------------------- registries
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 LOSSES: dict[str, Loss] = {
     "rmse": rmse_loss,
     "mse": mse_loss,
     "lesion-mse": lesion_mse_loss,
     "l1": l1_loss,
     "charbonnier": charbonnier_loss,
-    "l1-ssim": l1_ssim_loss,
+    "l1-ssim": reconstruction_loss,
     "tissue-weighted": tissue_weighted_loss,
 }
 SEGMENTATION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

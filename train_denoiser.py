@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from dataset import BRAIN_WINDOW, SPLITS, Pack, load_pack, native_size
 from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder
 from display import to_grey
 from inference import denoise, load_denoiser
-from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, l1_ssim_loss, tissue_bias
+from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, Loss, tissue_bias
 from low_dose import LowDose, check_doses
 from models import CLASSICAL, DENOISERS, PRESETS, build_model
 from weights import freeze
@@ -50,12 +50,13 @@ VALIDATION_SEED = 0  # of the noise in validation: the same in every epoch and r
 WIDTHS = [64, 128, 256]  # of the paper on simulated low dose for stroke
 # which options shape which network
 SHAPED_BY = {
-    "unet": ("widths", "slices", "dose_aware"),
-    "nafnet": ("width", "slices", "dose_aware"),
-    "redcnn": ("width", "slices", "dose_aware"),
-    "autoencoder": ("width", "encoder", "slices", "dose_aware"),
-    "student": ("width", "encoder", "slices", "dose_aware"),
+    "unet": ("widths", "window", "slices", "dose_aware"),
+    "nafnet": ("width", "window", "slices", "dose_aware"),
+    "redcnn": ("width", "window", "slices", "dose_aware"),
+    "autoencoder": ("width", "encoder", "window", "slices", "dose_aware"),
+    "student": ("width", "encoder", "window", "slices", "dose_aware"),
 }
+STUDENT_ERRORS = ("l1", "charbonnier", "rmse", "tissue-weighted")  # in HU, as its other terms are scaled
 # weights of the student's objective: option -> argument of AnatomyAwareLoss, meaning
 STUDENT_WEIGHTS = {
     "lam_lat": ("lam_lat", "latent of the student against the teacher's"),
@@ -68,6 +69,10 @@ STUDENT_WEIGHTS = {
 }
 
 
+def _words(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
 def get_parser() -> stage.StageParser:
     parser = stage.StageParser(__doc__)
     training.add_run_options(parser, name="denoiser", epochs=50, batch_size=8, lr=1e-3, samples=True)
@@ -76,7 +81,12 @@ def get_parser() -> stage.StageParser:
     parser.add_argument(
         "--per-dose", action="store_true", help="one network for each dose, <name>.dose<d>, not one for all"
     )
-    parser.add_argument("--loss", choices=sorted(LOSSES), help="objective (default: rmse)")
+    parser.add_argument(
+        "--loss",
+        choices=sorted(LOSSES),
+        help=f"objective (default: rmse); of a student what stands for L1: {', '.join(STUDENT_ERRORS)} "
+        f"(default: {STUDENT_ERRORS[0]})",
+    )
     parser.add_argument(
         "--bias-weight",
         type=stage.positive_float,
@@ -103,6 +113,14 @@ def get_parser() -> stage.StageParser:
         "--encoder", choices=sorted(AUTOENCODERS), help="autoencoder, student (default: nafnet)"
     )
     group.add_argument("--slices", type=stage.positive_int, help="3, 5, ...: neighbours as further channels")
+    group.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help=f"in HU that it sees (default: {_words(SOFT_WINDOW)}, beyond which it is logarithmic; "
+        f"autoencoder, student: {_words(AUTOENCODER_WINDOW)}, beyond which they pass on what comes)",
+    )
     group.add_argument(
         "--dose-aware",
         action=argparse.BooleanOptionalAction,
@@ -211,7 +229,9 @@ def shape(args: argparse.Namespace, size: int) -> tuple[str, dict]:
             raise stage.InputError(f"--{name.replace('_', '-')}: only for --model {takes} (leave it out)")
     kwargs = preset | kwargs
     has_encoder = "encoder" in SHAPED_BY[model]
-    kwargs["window"] = list(AUTOENCODER_WINDOW if has_encoder else SOFT_WINDOW)
+    kwargs.setdefault("window", list(AUTOENCODER_WINDOW if has_encoder else SOFT_WINDOW))
+    if kwargs["window"][1] <= 0:
+        raise stage.InputError(f"--window {_words(kwargs['window'])}: its width must be above 0 HU")
     if model == "unet":
         kwargs.setdefault("widths", WIDTHS)
     if model == "nafnet" or (has_encoder and kwargs.get("encoder", "nafnet") == "nafnet"):
@@ -298,14 +318,16 @@ class Data:
     def views(
         self, batch: Batch, slices: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(low with neighbours, noise SDs, target, full dose) of a batch, mirrored and cropped alike."""
+        """(low with neighbours, noise SDs, target, full dose) of a batch, mirrored and cropped alike.
+
+        With --target truth the full dose has no noise either."""
         full, low, doses = self.low.pair(batch, mirror, slices)
+        if self.args.target == "truth":
+            full = mirror(self.truth(batch), batch.moves)
         target = full
         if self.args.target == "noisy":
             others = [stage.stable_seed("second", seed) for seed in batch.seeds]
             target = self.low.simulate(full, batch.rows, doses, others)
-        elif self.args.target == "truth":
-            target = mirror(to_tensor(self.train.truth[batch.rows], full.device), batch.moves)
         sigma = torch.tensor(self.low.levels(batch.rows, doses), dtype=torch.float32, device=full.device)
         low, target, full = (self.cropped(images, batch) for images in (low, target, full))
         return low, sigma, target, full
@@ -313,9 +335,13 @@ class Data:
     def cropped(self, images: torch.Tensor, batch: Batch) -> torch.Tensor:
         return images if self.args.crop is None else crop(images, batch.seeds, self.args.crop)
 
+    def truth(self, batch: Batch) -> torch.Tensor:
+        return to_tensor(self.train.truth[batch.rows], batch.hu.device)
+
     def full(self, batch: Batch) -> torch.Tensor:
         """The full-dose slices of a batch as views has them."""
-        return self.cropped(mirror(batch.hu, batch.seeds), batch)
+        slices = self.truth(batch) if self.args.target == "truth" else batch.hu
+        return self.cropped(mirror(slices, batch.moves), batch)
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         """Its lesion masks, where there are any."""
@@ -402,8 +428,9 @@ def train_student(args: argparse.Namespace, data: Data, device: torch.device) ->
         perceptual = PERCEPTUAL[args.perceptual or "vgg19"](args.perceptual_weights).to(device)
     elif args.perceptual or args.perceptual_weights:
         raise stage.InputError("--perceptual, --perceptual-weights: --lam-perc 0 leaves them unused")
-    objective = AnatomyAwareLoss(perceptual, **weights)
-    path = args.teacher or train_teacher(args, data, device, kwargs, weights["alpha"])
+    error = LOSSES[args.loss or STUDENT_ERRORS[0]]
+    objective = AnatomyAwareLoss(perceptual, kwargs["window"], error, **weights)
+    path = args.teacher or train_teacher(args, data, device, kwargs, objective.reconstruction)
     if path is None:  # another process than the first: what that one wrote is there, as all have finished
         path = args.out / f"{args.name}.teacher.pt"
     teacher, facts = load_denoiser(path, device)
@@ -415,7 +442,7 @@ def train_student(args: argparse.Namespace, data: Data, device: torch.device) ->
         low, sigma, target, full = data.views(batch, kwargs.get("slices", 1))
         with torch.no_grad(), training.autocast(device, training.pick_precision(args.precision, device)):
             wanted = teacher.encode(full)
-        terms = objective.terms(network(low, sigma, encoded=True), wanted, target)
+        terms = objective.terms(network(low, sigma, encoded=True), wanted, target, data.mask(batch))
         return objective.total(terms), terms
 
     def start(model: torch.nn.Module) -> None:
@@ -438,14 +465,14 @@ def train_student(args: argparse.Namespace, data: Data, device: torch.device) ->
 
 
 def train_teacher(
-    args: argparse.Namespace, data: Data, device: torch.device, kwargs: dict, alpha: float
+    args: argparse.Namespace, data: Data, device: torch.device, kwargs: dict, objective: Loss
 ) -> Path | None:
     """An autoencoder that gives full-dose slices back; its decoder is the student's."""
     own = {name: value for name, value in kwargs.items() if name not in ("dose_aware", "slices")}
 
     def loss_fn(network: training.Network, batch: Batch) -> torch.Tensor:
         full = data.full(batch)
-        return l1_ssim_loss(network(full), full, None, alpha)
+        return objective(network(full), full, data.mask(batch))
 
     changed = {"name": f"{args.name}.teacher", "epochs": args.epochs_teacher or 100}
     return fit(
@@ -479,10 +506,11 @@ def check_options(args: argparse.Namespace) -> None:
             raise stage.InputError(
                 f"--{unused[0].replace('_', '-')}: only for --model student (leave it out)"
             )
-    elif args.loss is not None or args.bias_weight is not None:
-        name = "--bias-weight" if args.loss is None else "--loss"
+    elif args.bias_weight is not None:
+        raise stage.InputError("--bias-weight: the student has no such term (leave it out)")
+    elif args.loss is not None and args.loss not in STUDENT_ERRORS:
         raise stage.InputError(
-            f"{name}: the student has its own, see --lam-lat and the others (leave it out)"
+            f"--loss {args.loss}: a student has other terms too (choose one of {', '.join(STUDENT_ERRORS)})"
         )
     elif args.teacher is not None and args.epochs_teacher is not None:
         raise stage.InputError("--epochs-teacher: with --teacher none is trained (leave one of them out)")

@@ -364,6 +364,37 @@ def test_autoencoder_passes_on_what_is_beyond_its_window():
     torch.testing.assert_close(model(-inside - 24), model(-inside) - 24)
 
 
+CARRYING = ("nafnet", "resnet", "unet")  # kinds whose layers can carry a slice
+
+
+@pytest.mark.parametrize("window", [(0.0, 2000.0), (40.0, 200.0)])
+@pytest.mark.parametrize("kind", CARRYING)
+@pytest.mark.parametrize("more", [{}, {"slices": 3, "dose_aware": True}], ids=["plain", "2.5d-dose"])
+def test_an_untrained_autoencoder_returns_its_input_in_bfloat16_too(kind, window, more):
+    torch.manual_seed(0)
+    width = denoisers.IDENTITY_WIDTH
+    model = build_model("autoencoder", encoder=kind, width=width, window=window, **more).eval()
+    hu = scan(model, 31, 45, spread=300.0)
+    middle, brain = model.middle(hu), (model.middle(hu) - 40).abs() < 40
+    with torch.inference_mode():
+        torch.testing.assert_close(model(hu, sigmas(5, 20)), middle, atol=1e-3, rtol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model(hu, sigmas(5, 20)) - middle)[brain].abs().max() < 0.5
+
+
+@pytest.mark.parametrize("kind", CARRYING)
+def test_every_layer_of_an_autoencoder_learns_from_its_start(kind):
+    torch.manual_seed(0)
+    model = build_model("student", encoder=kind, width=denoisers.IDENTITY_WIDTH)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    for _ in range(3):  # what starts at zero holds back what lies before it for a step or two
+        optimizer.zero_grad()
+        model(scan(model, 32, 32), sigmas(5, 20)).square().mean().backward()
+        optimizer.step()
+    still = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    assert not still
+
+
 def test_autoencoder_refuses_an_unknown_encoder_and_an_idle_pool_size():
     with pytest.raises(ValueError, match="baseline, nafnet"):
         build_model("autoencoder", encoder="vit")

@@ -84,8 +84,21 @@ def test_l1_ssim_of_two_flat_images_is_that_of_the_formula():
     target, output = torch.full((1, 1, 20, 30), 0.0), torch.full((1, 1, 20, 30), 200.0)
     luminance = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)
     for alpha in (0.5, 0.2):
-        found = losses.l1_ssim_loss(output, target, None, alpha).item()
+        found = losses.reconstruction_loss(output, target, None, alpha=alpha).item()
         assert found == pytest.approx(0.2 + alpha * (1 - luminance), abs=1e-4)
+
+
+def test_reconstruction_loss_is_over_its_window_and_of_the_error_that_it_is_given():
+    target, output = torch.full((1, 1, 20, 30), 0.0), torch.full((1, 1, 20, 30), 20.0)
+    window = (50.0, 100.0)
+    luminance = (2 * 0 * 0.2 + 1e-4) / (0**2 + 0.2**2 + 1e-4)
+    found = losses.reconstruction_loss(output, target, None, window=window).item()
+    assert found == pytest.approx(0.4 + 0.5 * (1 - luminance), abs=1e-4)
+    mask = torch.zeros(1, 1, 20, 30)
+    for error in (losses.rmse_loss, losses.lesion_mse_loss):
+        mask[..., :4] = 1
+        found = losses.reconstruction_loss(output, target, mask, error=error, alpha=0.0, window=window).item()
+        assert found == pytest.approx(error(output, target, mask).item() / 50, rel=1e-5)
 
 
 # ---------------------------------------------------------------- anatomy in the loss
@@ -271,7 +284,7 @@ def test_anatomy_aware_loss_is_the_weighted_sum_of_its_terms():
     student, teacher, target = student_and_teacher()
     loss = AnatomyAwareLoss(Doubler())
     found = {name: term.item() for name, term in loss.terms(student, teacher, target).items()}
-    flat = losses.l1_ssim_loss(student.output, target, None, 0.5).item()
+    flat = losses.reconstruction_loss(student.output, target, None).item()
     wanted = {
         "latent": 4,
         "reconstruction": flat,
@@ -283,6 +296,22 @@ def test_anatomy_aware_loss_is_the_weighted_sum_of_its_terms():
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     total = 4 + flat + 0.1 * (wanted["gradient"] + wanted["ms_ssim"] + wanted["perceptual"]) + 36
     assert loss(student, teacher, target).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_anatomy_aware_loss_is_over_the_window_of_its_networks_and_of_the_error_that_it_is_given():
+    student, teacher, target = student_and_teacher()
+    student = student._replace(output=target + images(2, 1, 32, 32, seed=9))
+    wide, narrow = (AnatomyAwareLoss(g1=0, window=window) for window in ((0, 2000), (0, 200)))
+    wide, narrow = (loss.terms(student, teacher, target) for loss in (wide, narrow))
+    assert narrow["gradient"].item() == pytest.approx(10 * wide["gradient"].item(), rel=1e-4)
+    assert narrow["ms_ssim"] > wide["ms_ssim"]
+    assert narrow["latent"] == wide["latent"]
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[:, :, :8] = 1
+    loss = AnatomyAwareLoss(g1=0, error=losses.tissue_weighted_loss, alpha=0)
+    found = loss.terms(student, teacher, target, mask)["reconstruction"].item()
+    assert found == pytest.approx(losses.tissue_weighted_loss(student.output, target, mask).item() / 1000)
+    assert found != loss.terms(student, teacher, target)["reconstruction"].item()
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,52 @@ def test_student_learns_before_its_teachers_decoder_which_does_not_change(split_
     teacher = checkpoints.load(tmp_path / "denoiser.teacher.pt", "denoiser")
     student = checkpoints.load(tmp_path / "denoiser.pt", "denoiser")
     decoder = [key for key in teacher["state"] if key.startswith("decoder.")]
-    assert any("running_mean" in key for key in decoder)
-    for key in decoder:  # parameters and buffers
+    assert decoder
+    for key in decoder:
         assert torch.equal(teacher["state"][key], student["state"][key]), key
     assert student["parents"]["teacher"]["path"] == "denoiser.teacher.pt"
     assert student["model"]["kwargs"]["dose_aware"]
     assert "dose_aware" not in teacher["model"]["kwargs"]
     encoder = [key for key in teacher["state"] if key.startswith("encoder.") and key in student["state"]]
     assert not all(torch.equal(teacher["state"][key], student["state"][key]) for key in encoder)
+
+
+def first_losses(data, out, name, *more):
+    """train_loss of the first epoch, of teacher and student, with weights that hardly move."""
+    run(data, out, *STUDENT, "--encoder", "resnet", "--lr", 1e-12, "--name", name, *more)
+    paths = out / f"{name}.teacher.jsonl", out / f"{name}.jsonl"
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_window_of_teacher_and_student_is_that_of_their_losses_and_checkpoints(split_data, tmp_path):
+    more = ["--width", 16, "--alpha-ssim", 0]
+    wide = first_losses(split_data, tmp_path, "wide", *more)
+    narrow = first_losses(split_data, tmp_path, "narrow", *more, "--window", 40, 200)
+    for name, window in (("wide", (0, 2000)), ("narrow", (40, 200))):
+        for end in (".teacher", ""):
+            model, _ = load_denoiser(tmp_path / f"{name}{end}.pt")
+            assert model.window == window
+    # untrained networks of this width give their input back: the same error, in other units
+    assert narrow[1]["train_reconstruction"] == pytest.approx(10 * wide[1]["train_reconstruction"], rel=1e-3)
+
+
+def test_loss_of_a_student_stands_for_l1_in_both_stages(split_data, tmp_path):
+    default, absolute, weighted = (
+        [one["train_loss"] for one in first_losses(split_data, tmp_path, name, *more)]
+        for name, more in (
+            ("default", []),
+            ("absolute", ["--loss", "l1"]),
+            ("weighted", ["--loss", "tissue-weighted"]),
+        )
+    )
+    assert absolute == default
+    for one, other in zip(weighted, default, strict=True):
+        assert one != pytest.approx(other, rel=0.02)
+
+
+def test_window_of_a_plain_network_reaches_it(split_data, tmp_path):
+    run(split_data, tmp_path, "--widths", 4, 8, "--window", 35, 300)
+    assert load_denoiser(tmp_path / "denoiser.pt")[0].window == (35, 300)
 
 
 def test_student_of_a_given_teacher_trains_no_other(split_data, tmp_path):
@@ -117,8 +155,10 @@ def test_per_dose_trains_a_network_for_each_dose(split_data, tmp_path):
         (["--model", "redcnn", "--encoder", "resnet"], "--encoder: only for --model autoencoder, student"),
         (["--lam-lat", 2], "--lam-lat: only for --model student"),
         (["--teacher", "x.pt"], "--teacher: only for --model student"),
-        (["--model", "student", "--loss", "mse"], "--loss: the student has its own"),
-        (["--model", "student", "--bias-weight", 1], "--bias-weight: the student has its own"),
+        (["--model", "student", "--loss", "mse"], "--loss mse: a student has other terms too"),
+        (["--model", "student", "--bias-weight", 1], "--bias-weight: the student has no such term"),
+        (["--window", 40, 0], "--window 40 0: its width must be above 0 HU"),
+        (["--model", "student", "--lam-perc", 0, "--window", 40, -80], "--window 40 -80: its width"),
         (["--bias-weight", 0], "--bias-weight"),
         (["--model", "student", "--teacher", "x.pt", "--epochs-teacher", 3], "--epochs-teacher"),
         (["--model", "student", "--lam-perc", 0, "--perceptual", "vgg19"], "--lam-perc 0"),
@@ -176,7 +216,9 @@ def test_noisy_target_is_another_realisation_of_the_same_dose(batch_and_data):
 
 def test_true_target_is_the_slice_without_noise_moved_like_its_low_dose(batch_and_data):
     batch, data = batch_and_data("--target", "truth", "--doses", 40)
-    low, _, target, _ = data.views(batch, 1)
+    low, _, target, full = data.views(batch, 1)
+    assert torch.equal(full, target)  # what a student's teacher sees
+    assert torch.equal(data.full(batch), target)  # and learns
     for place, row in enumerate(batch.rows):
         wanted = torch.from_numpy(data.train.truth[row].astype(np.float32))
         assert torch.equal(target[place, 0], wanted.flip(-1) if batch.moves[place] % 2 == 1 else wanted)
