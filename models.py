@@ -29,8 +29,12 @@ SEQUENCE_MODELS: dict[str, Callable[..., nn.Module]] = {"cnn-bilstm": CNNBiLSTM,
 
 
 def _system_presets(size: str, widths: dict[str, int]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Teachers and students of the anatomy-aware system. wo-dose and the Baseline AE do not know the dose."""
-    kwargs = {kind: {"encoder": kind, "width": width} for kind, width in widths.items()}
+    """Teachers and students of the anatomy-aware system. wo-dose and the Baseline AE do not know the dose.
+
+    Their window is that of the brain with room for its noise, not the system's own 2000 HU, in which all that
+    the brain holds is a thirtieth of the range."""
+    window = {"window": [40.0, 200.0]}
+    kwargs = {kind: {"encoder": kind, "width": width} | window for kind, width in widths.items()}
     teachers = {f"autoencoder-{kind}-{size}": ("autoencoder", kwargs[kind]) for kind in widths}
     students = {
         f"student-{kind}-{size}": ("student", kwargs[kind] | {"dose_aware": kind != "baseline"})

@@ -43,6 +43,7 @@ from losses import LOSSES
 from low_dose import LowDose
 from models import CLASSICAL, PRESETS, build_model
 from runs import peak_memory
+from train_denoiser import STUDENT_ERRORS
 
 DOSE_MODEL = "projection"
 TRAINED = (0.7, 0.5, 0.25, 0.1, 0.05)
@@ -102,8 +103,7 @@ def prepare_real(work: Path, head: Path) -> Path:
 
 
 def train(run: Run, data: Path, models: Path, slices: int, loss: str, device: str) -> Path:
-    """Train one network, or find it trained. slices: of the training patients. loss: of all but the students,
-    which have their own."""
+    """Train one network, or find it trained. slices: of the training patients."""
     path, model = models / f"{run.name}.pt", PRESETS[run.of][0]
     epochs = max(1, round(run.images / slices))
     options = ["--data", data, "--out", models, "--name", run.name, "--model", run.of, "--resume"]
@@ -112,6 +112,7 @@ def train(run: Run, data: Path, models: Path, slices: int, loss: str, device: st
     options += ["--dose-model", DOSE_MODEL, "--doses", *(TRAINED if run.dose is None else [run.dose])]
     if model == "student":  # each of its two networks learns from as many images as the others
         options += ["--lam-perc", 0, "--epochs-teacher", epochs, "--epochs-student", epochs]
+        options += ["--loss", loss] if loss in STUDENT_ERRORS else []
     else:
         options += ["--epochs", epochs, "--loss", loss]
         options += [] if run.bias_weight is None else ["--bias-weight", run.bias_weight]
@@ -314,7 +315,10 @@ def main() -> None:
         "for the same wall time, and as one network a dose (default: truth)",
     )
     parser.add_argument(
-        "--loss", choices=sorted(LOSSES), default="tissue-weighted", help="(default: tissue-weighted)"
+        "--loss",
+        choices=sorted(LOSSES),
+        default="tissue-weighted",
+        help="of students only one in HU, else their own (default: tissue-weighted)",
     )
     parser.add_argument(
         "--bias-weight",
