@@ -26,6 +26,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -242,16 +243,41 @@ def shape(args: argparse.Namespace, size: int) -> tuple[str, dict]:
 # ---------------------------------------------------------------- validation and pictures
 
 
+class FullDose:
+    """Stands where others have a LowDose, for a teacher: it sees full-dose slices and gives them back.
+
+    images: (N, H, W) HU."""
+
+    doses = (1.0,)
+
+    def __init__(self, images: np.ndarray):
+        self.images = images
+
+    def evaluation(self, rows: np.ndarray, doses: Sequence[float], seed: int) -> np.ndarray:  # noqa: ARG002
+        return self.images[rows].astype(np.float32)
+
+    def levels(self, rows: np.ndarray, doses: Sequence[float]) -> np.ndarray:  # noqa: ARG002
+        return np.zeros(len(rows), np.float32)
+
+
+class Scored(NamedTuple):
+    """What a network sees of the validation slices, and the (N, H, W) HU that its output is scored against:
+    the noise-free truth where there is one, else the slice before simulation; of a teacher its input."""
+
+    low_dose: LowDose | FullDose
+    reference: np.ndarray
+
+
 class Validation:
     """Low-dose slices of a pack, each at one dose in turn, and what they are scored against."""
 
-    def __init__(self, pack: Pack, low_dose: LowDose):
+    def __init__(self, pack: Pack, scored: Scored):
+        low_dose, self.reference = scored
         self.pack, self.doses = pack, low_dose.doses
         rows = np.arange(len(pack))
         turns = [self.doses[row % len(self.doses)] for row in rows]
         self.noisy = low_dose.evaluation(rows, turns, VALIDATION_SEED)
         self.levels = low_dose.levels(rows, turns)
-        self.reference = pack.image if pack.truth is None else pack.truth
         self.inside = pack.masks(anatomy.MASKS[anatomy.DEFAULT_MASK])
         self.before = self._rmse(self.noisy)
 
@@ -263,21 +289,19 @@ class Validation:
         return float(means.mean()) if len(means) else math.nan
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        """HU-RMSE inside the brain, denoised and noisy.
-
-        Against the noise-free truth where there is one, else against the slice before simulation."""
+        """HU-RMSE inside the brain, denoised and noisy."""
         denoised = denoise(model, self.noisy, self.levels, self.pack.series_of)
         return {"rmse_hu": self._rmse(denoised), "rmse_hu_noisy": self.before}
 
 
-def sampler(pack: Pack, low_dose: LowDose) -> Callable[[torch.nn.Module], dict[str, np.ndarray]]:
+def sampler(pack: Pack, scored: Scored) -> Callable[[torch.nn.Module], dict[str, np.ndarray]]:
     """samples(model) -> for each dose low | output | target in the brain window, (H, 3 W) uint8.
 
     Each dose shows the middle slice of another scan, as far as there are so many."""
     middles = [int(np.median(np.flatnonzero(pack.series_of == one))) for one in range(len(pack.series))]
-    doses = low_dose.doses
+    low_dose, doses = scored.low_dose, scored.low_dose.doses
     chosen = [middles[place % len(middles)] for place in range(len(doses))]
-    reference = (pack.image if pack.truth is None else pack.truth)[chosen]
+    reference = scored.reference[chosen]
 
     def samples(model: torch.nn.Module) -> dict[str, np.ndarray]:
         rows = neighbours(pack.series_of, model.slices)[chosen]
@@ -307,7 +331,8 @@ class Data:
             raise stage.InputError(f"--crop {args.crop}: slices have {size} x {size} pixels (choose less)")
         dose_model = args.dose_model or training.DOSE_MODEL
         self.low = LowDose(self.train, dose_model, doses, training.noise_realisations(args, device))
-        self.val_low = LowDose(self.val, dose_model, doses)
+        clean = self.val.image if self.val.truth is None else self.val.truth
+        self.scored = Scored(LowDose(self.val, dose_model, doses), clean)
         if args.target == "noisy" and self.low.model.simulate is None:
             raise stage.InputError("--target noisy: real low dose has one realisation only (leave it out)")
         if args.target == "truth" and self.train.truth is None:
@@ -356,11 +381,14 @@ def fit(
     model: str,
     kwargs: dict,
     loss_fn: training.LossFunction,
+    scored: Scored | None = None,
     start: Callable[[torch.nn.Module], None] = lambda _model: None,
     parents: dict | None = None,
     seen: tuple[str, ...] = (),
 ) -> Path | None:
-    """Train one network and say how good it is. start: what is done to it before. Returns its checkpoint."""
+    """Train one network and say how good it is. scored: by what (None: low dose). start: what is done to it
+    before. Returns its checkpoint."""
+    scored = data.scored if scored is None else scored
 
     def make_model() -> torch.nn.Module:
         network = build_model(model, **kwargs)
@@ -374,7 +402,7 @@ def fit(
         options=training.pick_options(args, device),
         make_model=make_model,
         loss_fn=loss_fn,
-        make_validate=lambda: Validation(data.val, data.val_low),
+        make_validate=lambda: Validation(data.val, scored),
         facts={
             "stage": "denoiser",
             "model": {"name": model, "kwargs": kwargs},
@@ -385,7 +413,7 @@ def fit(
         seen=seen,
         select=("rmse_hu", "min"),
         device=device,
-        samples=sampler(data.val, data.val_low) if args.samples or args.tensorboard else None,
+        samples=sampler(data.val, scored) if args.samples or args.tensorboard else None,
     )
     if done is None:
         return None
@@ -474,6 +502,7 @@ def train_teacher(
         full = data.full(batch)
         return objective(network(full), full, data.mask(batch))
 
+    images = data.val.truth if args.target == "truth" else data.val.image
     changed = {"name": f"{args.name}.teacher", "epochs": args.epochs_teacher or 100}
     return fit(
         argparse.Namespace(**{**vars(args), **changed}),
@@ -482,6 +511,7 @@ def train_teacher(
         model="autoencoder",
         kwargs=own,
         loss_fn=loss_fn,
+        scored=Scored(FullDose(images), images),
     )
 
 

@@ -232,3 +232,18 @@ def test_true_target_without_noise_free_slices_is_refused(batch_and_data, split_
         path.write_text(path.read_text().replace('"has_truth": true', '"has_truth": false'))
     with pytest.raises(stage.InputError, match="--target truth: .* has no noise-free slices"):
         batch_and_data("--target", "truth")
+
+
+def test_teacher_is_scored_and_shown_on_what_it_is_to_give_back(split_data, tmp_path):
+    for target in ("clean", "truth"):
+        more = ["--encoder", "resnet", "--width", 16, "--target", target, "--name", target, "--samples"]
+        run(split_data, tmp_path, *STUDENT, *more, "--lr", 1e-12)
+        scores = json.loads((tmp_path / f"{target}.teacher.jsonl").read_text())
+        assert scores["rmse_hu"] < 0.1  # an untrained one returns its input
+        assert scores["rmse_hu_noisy"] == 0
+        student = json.loads((tmp_path / f"{target}.jsonl").read_text())
+        assert student["rmse_hu"] == pytest.approx(student["rmse_hu_noisy"], rel=1e-3)
+        assert student["rmse_hu"] > 5
+        pictures = [path.name for path in (tmp_path / f"{target}.teacher.samples").rglob("*.png")]
+        assert pictures
+        assert all("dose_1" in name for name in pictures)
