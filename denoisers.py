@@ -171,8 +171,18 @@ def _window_means(x: torch.Tensor, size: int | None) -> torch.Tensor:
     return torch.einsum("nh,bhmc->bcnm", down, across @ x.permute(0, 2, 3, 1))
 
 
+def _window_maxima(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The highest of each window of _window_means, to the pixel: (B, C, h, w)."""
+    for axis in (2, 3):
+        side = x.shape[axis]
+        starts = torch.linspace(0, max(side - size, 0), _window_count(side, size)).round().int().tolist()
+        parts = [x.narrow(axis, start, min(size, side)).amax(axis, keepdim=True) for start in starts]
+        x = torch.cat(parts, dim=axis)
+    return x
+
+
 def _spread(means: torch.Tensor, shape: Sequence[int], size: int | None) -> torch.Tensor:
-    """What _window_means gave, interpolated to every pixel of shape (H, W): (B, C, H, W)."""
+    """What is known of each window of _window_means, interpolated to every pixel of shape (H, W)."""
     if means.shape[-2:] == (1, 1):
         return means
     down, across = (_interpolation_matrix(side, size, means) for side in shape)
@@ -416,7 +426,7 @@ RESIDUAL_BLOCKS = 3  # of the ResNet and the U-Net with CBAM
 class _NAFEncoder(nn.Module):
     """Head, three convolutions of stride 2, NAFBlocks. Latent 16 width x H/8 x W/8."""
 
-    def __init__(self, width: int, slices: int, dose_aware: bool, pool_size: int = POOL_SIZE) -> None:
+    def __init__(self, width: int, slices: int, dose_aware: bool, pool_size: int) -> None:
         super().__init__()
         self.head = nn.Conv2d(slices, width, 3, padding=1)
         self.downs = nn.ModuleList(
@@ -444,7 +454,7 @@ def _latent_blocks(channels: int, pool_size: int, dose_aware: bool) -> nn.Module
 class _NAFDecoder(nn.Module):
     """NAFBlocks, then three transposed convolutions."""
 
-    def __init__(self, width: int, pool_size: int = POOL_SIZE) -> None:
+    def __init__(self, width: int, pool_size: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(16 * width, 8 * width, 1)
         self.blocks = _latent_blocks(8 * width, pool_size, dose_aware=False)
@@ -463,10 +473,13 @@ class _NAFDecoder(nn.Module):
 
 
 class CBAM(nn.Module):
-    """Attention over channels, then over places. Source: Woo et al. 2018."""
+    """Attention over channels, then over places.
 
-    def __init__(self, channels: int) -> None:
+    pool_size: as for NAFBlock. Source: Woo et al. 2018."""
+
+    def __init__(self, channels: int, pool_size: int) -> None:
         super().__init__()
+        self.pool_size = pool_size
         hidden = max(channels // 16, 1)  # the paper's reduction
         self.mlp = nn.Sequential(
             nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1)
@@ -474,8 +487,9 @@ class CBAM(nn.Module):
         self.place = nn.Conv2d(2, 1, 7, padding=3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean, highest = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-        x = x * torch.sigmoid(self.mlp(mean) + self.mlp(highest))
+        means, maxima = _window_means(x, self.pool_size), _window_maxima(x, self.pool_size)
+        attention = torch.sigmoid(self.mlp(means) + self.mlp(maxima))
+        x = x * _spread(attention, x.shape[-2:], self.pool_size)
         places = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
         return x * torch.sigmoid(self.place(places))
 
@@ -483,11 +497,11 @@ class CBAM(nn.Module):
 class _CBAMBlock(nn.Module):
     """A residual block with CBAM before its shortcut."""
 
-    def __init__(self, channels: int, dose_aware: bool) -> None:
+    def __init__(self, channels: int, pool_size: int, dose_aware: bool) -> None:
         super().__init__()
         self.first = _conv_relu(channels, channels)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        self.attention = CBAM(channels)
+        self.attention = CBAM(channels, pool_size)
         self.modulate = Modulation(channels) if dose_aware else _Unmodulated()
 
     def forward(self, x: torch.Tensor, level: torch.Tensor | None) -> torch.Tensor:
@@ -498,11 +512,12 @@ class _CBAMBlock(nn.Module):
 class _ResEncoder(nn.Module):
     """Head 7x7, three convolutions of stride 2, residual blocks with CBAM. Latent 8 width x H/8 x W/8."""
 
-    def __init__(self, width: int, slices: int, dose_aware: bool) -> None:
+    def __init__(self, width: int, slices: int, dose_aware: bool, pool_size: int) -> None:
         super().__init__()
         self.head = _conv_relu(slices, width, kernel=7)
         self.downs = nn.ModuleList(_conv_relu(i, 2 * i, stride=2) for i in (width, 2 * width, 4 * width))
-        self.blocks = nn.ModuleList(_CBAMBlock(8 * width, dose_aware) for _ in range(RESIDUAL_BLOCKS))
+        pool = max(pool_size // 8, 1)
+        self.blocks = nn.ModuleList(_CBAMBlock(8 * width, pool, dose_aware) for _ in range(RESIDUAL_BLOCKS))
 
     def forward(self, x: torch.Tensor, level: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         features = [self.head(x)]
@@ -618,21 +633,23 @@ def _start_residual(encoder: _ResEncoder, decoder: _ResDecoder) -> None:
 
 
 class AutoencoderKind(NamedTuple):
-    """An encoder with its decoder, how the two start, the side of a latent pixel, the width of the paper."""
+    """An encoder with its decoder, how the two start, the side of a latent pixel, the width of the paper, and
+    which of the two have an attention that averages over the slice."""
 
     encoder: Callable[..., nn.Module]
     decoder: Callable[..., nn.Module]
     start: Callable[[nn.Module, nn.Module], None]
     step: int
     width: int
+    pooling: Sequence[str]
 
 
 AUTOENCODERS = {
-    "baseline": AutoencoderKind(_PairEncoder, _PairDecoder, _start_pairs, 16, 64),
-    "nafnet": AutoencoderKind(_NAFEncoder, _NAFDecoder, _start_naf, 8, 32),
-    "resnet": AutoencoderKind(_ResEncoder, _ResDecoder, _start_residual, 8, 32),
+    "baseline": AutoencoderKind(_PairEncoder, _PairDecoder, _start_pairs, 16, 64, ()),
+    "nafnet": AutoencoderKind(_NAFEncoder, _NAFDecoder, _start_naf, 8, 32, ("encoder", "decoder")),
+    "resnet": AutoencoderKind(_ResEncoder, _ResDecoder, _start_residual, 8, 32, ("encoder",)),
     "unet": AutoencoderKind(
-        _ResEncoder, functools.partial(_ResDecoder, with_skips=True), _start_residual, 8, 32
+        _ResEncoder, functools.partial(_ResDecoder, with_skips=True), _start_residual, 8, 32, ("encoder",)
     ),
 }
 
@@ -653,7 +670,7 @@ class Autoencoder(Denoiser):
     skips carry the slice past the latent, so that a teacher can copy its input and its latent may be empty:
     the student then learns from the skips. width: channels at full resolution (None: 64 for baseline, 32
     else), all others are multiples of it. pool_size: side of the training crops in pixels, for the attention
-    of nafnet alone (None: POOL_SIZE). Dose-aware is the encoder only, with a Modulation per block.
+    of all but baseline (None: POOL_SIZE). Dose-aware is the encoder only, with a Modulation per block.
     HU are clipped to the window and scaled to -1..1. What lies beyond it, dense bone, metal and padding, is
     added to the output again as it came, with its noise.
     Raises ValueError for another encoder, or a pool_size where there is no use for it.
@@ -674,14 +691,14 @@ class Autoencoder(Denoiser):
         super().__init__(window, slices, dose_aware)
         if encoder not in AUTOENCODERS:
             raise ValueError(f"encoder {encoder!r}: must be one of {', '.join(AUTOENCODERS)}")
-        if pool_size is not None and encoder != "nafnet":
-            raise ValueError(f"pool_size {pool_size}: the encoder {encoder} has no use for it")
-        options = {} if pool_size is None else {"pool_size": pool_size}
         kind = AUTOENCODERS[encoder]
+        if pool_size is not None and not kind.pooling:
+            raise ValueError(f"pool_size {pool_size}: the encoder {encoder} has no use for it")
+        pools = {part: {"pool_size": pool_size or POOL_SIZE} for part in kind.pooling}
         width = kind.width if width is None else width
         self.step = kind.step
-        self.encoder = kind.encoder(width, slices, dose_aware, **options)
-        self.decoder = kind.decoder(width, **options)
+        self.encoder = kind.encoder(width, slices, dose_aware, **pools.get("encoder", {}))
+        self.decoder = kind.decoder(width, **pools.get("decoder", {}))
         kind.start(self.encoder, self.decoder)
 
     def encode(

@@ -235,7 +235,7 @@ def shape(args: argparse.Namespace, size: int) -> tuple[str, dict]:
         raise stage.InputError(f"--window {_words(kwargs['window'])}: its width must be above 0 HU")
     if model == "unet":
         kwargs.setdefault("widths", WIDTHS)
-    if model == "nafnet" or (has_encoder and kwargs.get("encoder", "nafnet") == "nafnet"):
+    if model == "nafnet" or (has_encoder and AUTOENCODERS[kwargs.get("encoder", "nafnet")].pooling):
         kwargs["pool_size"] = args.crop or size  # its attention averages over what it was trained on
     return model, kwargs
 

@@ -1,6 +1,7 @@
 import argparse
 import copy
 import importlib
+import itertools
 import json
 
 import numpy as np
@@ -255,6 +256,38 @@ def test_window_means_of_a_training_crop_are_its_mean():
         assert torch.equal(denoisers._window_means(x, size), x.mean((2, 3), keepdim=True))
 
 
+def test_window_maxima_are_those_of_the_windows_of_the_means():
+    x = torch.randn(2, 3, 48, 40)
+    found = denoisers._window_maxima(x, 16)
+    assert found.shape == denoisers._window_means(x, 16).shape
+    rows, columns = (
+        [round(start) for start in np.linspace(0, side - 16, count)] for side, count in ((48, 9), (40, 7))
+    )
+    for (i, top), (j, left) in itertools.product(enumerate(rows), enumerate(columns)):
+        assert torch.equal(found[:, :, i, j], x[:, :, top : top + 16, left : left + 16].amax((2, 3)))
+
+
+def test_window_maxima_of_a_training_crop_are_its_maximum():
+    x = torch.randn(2, 3, 16, 12)
+    for size in (16, 40):
+        assert torch.equal(denoisers._window_maxima(x, size), x.amax((2, 3), keepdim=True))
+
+
+def test_cbam_sees_in_a_large_slice_what_it_saw_in_crops():
+    torch.manual_seed(0)
+    attention = denoisers.CBAM(16, pool_size=32)
+    for weight in attention.mlp.parameters():
+        nn.init.normal_(weight, std=0.5)
+    crop = torch.randn(1, 16, 32, 32)
+    bright = nn.functional.pad(crop, (32, 32, 32, 32), value=50.0)  # decides a maximum over the whole slice
+    inside = (..., 15, 15)  # the pixel whose window is the crop
+    alone, part = attention(crop)[inside], attention(bright)[..., 32:64, 32:64][inside]
+    torch.testing.assert_close(part, alone, rtol=0.02, atol=0.02)
+    everywhere = denoisers.CBAM(16, pool_size=96)
+    everywhere.load_state_dict(attention.state_dict())
+    assert (everywhere(bright)[..., 32:64, 32:64][inside] - alone).abs().max() > 0.1
+
+
 def nafnet_error_of_a_crop(pool_size):
     """RMS difference in a crop's inside between denoising it alone and as a part of a slice with more air,
     as a share of what denoising changes there."""
@@ -399,7 +432,7 @@ def test_autoencoder_refuses_an_unknown_encoder_and_an_idle_pool_size():
     with pytest.raises(ValueError, match="baseline, nafnet"):
         build_model("autoencoder", encoder="vit")
     with pytest.raises(ValueError, match="no use"):
-        build_model("autoencoder", encoder="resnet", pool_size=64)
+        build_model("autoencoder", encoder="baseline", pool_size=64)
 
 
 def test_dose_conditioning_is_in_the_students_encoder_only():
