@@ -15,8 +15,8 @@ from torch import nn
 
 import anatomy
 import stage
+from autoencoders import AUTOENCODER_WINDOW, Encoded
 from dataset import window_hu
-from denoisers import AUTOENCODER_WINDOW, Encoded
 from lesions import UNKNOWN_KIND
 from weights import freeze, load_weights, read_weights
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from autoencoders import AUTOENCODERS, Autoencoder, student
 from classical import CLASSICAL_METHODS, ClassicalDenoiser
 from classifiers import BASELINES, CLASSIFIERS
-from denoisers import AUTOENCODERS, Autoencoder, NAFNetDenoiser, REDCNNDenoiser, UNetDenoiser, student
+from denoisers import NAFNetDenoiser, REDCNNDenoiser, UNetDenoiser
 from joint import JointClassifier
 from segmenters import SEGMENTERS
 from sequences import CNNBiLSTM, TwoStage

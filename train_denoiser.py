@@ -37,9 +37,10 @@ import denoised
 import metrics
 import stage
 import training
+from autoencoders import AUTOENCODER_WINDOW, AUTOENCODERS, adopt_decoder
 from batches import Batch, crop, mirror, neighbours, to_tensor
 from dataset import BRAIN_WINDOW, SPLITS, Pack, load_pack, native_size
-from denoisers import AUTOENCODER_WINDOW, AUTOENCODERS, SOFT_WINDOW, adopt_decoder
+from denoisers import SOFT_WINDOW
 from display import to_grey
 from inference import denoise, load_denoiser
 from losses import LOSSES, PERCEPTUAL, AnatomyAwareLoss, Loss, tissue_bias

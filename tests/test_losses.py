@@ -11,7 +11,7 @@ from torch import nn
 import anatomy
 import losses
 import phantom
-from denoisers import Encoded
+from autoencoders import Encoded
 from losses import (
     LESION_WEIGHT,
     LOSSES,
