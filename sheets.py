@@ -18,6 +18,7 @@ from volumes import Scan
 COLUMNS = 7  # four rows for a routine scan of 28 slices
 MOST_SLICES = 42  # of a longer scan evenly spaced ones are shown
 HEADING_INCHES = 0.55  # two lines, and the titles of the first row
+HEADING_TOP_INCHES = 0.08  # above the heading
 OUTLINE_POINTS = 0.8  # seen at the size of these pictures, and does not hide a lesion of some pixels
 
 
@@ -120,7 +121,8 @@ def write_sheet(path: Path, scan: Scan, bands: Sequence[Band], chosen: Sequence[
                 )
             axis.set_title(band.title(index), color="white", fontsize=6, pad=2)
     window = "brain window, centre {:g}, width {:g} HU".format(*BRAIN_WINDOW)
-    figure.suptitle(f"{heading}\n{window}; {NOTICE.upper()}", color="white", fontsize=8)
+    top = 1 - HEADING_TOP_INCHES / height
+    figure.suptitle(f"{heading}\n{window}; {NOTICE.upper()}", y=top, color="white", fontsize=8)
     figure.subplots_adjust(0.005, 0.005, 0.995, 1 - HEADING_INCHES / height, 0.02, 0.12)
     with stage.atomic_write(path, "wb") as file:
         figure.savefig(file, dpi=110, format="png", facecolor="black")

@@ -67,3 +67,15 @@ def test_contact_sheet_shows_given_above_denoised(scan, tmp_path):
     picture = np.asarray(Image.open(tmp_path / "x.png").convert("L")).astype(float)
     half = len(picture) // 2
     assert picture[:half].mean() > 100 > picture[half:].mean()
+
+
+@pytest.mark.parametrize("count", [1, 42])
+def test_heading_lies_inside_the_sheet_and_above_the_titles(scan, tmp_path, monkeypatch, count):
+    drawn = []
+    monkeypatch.setattr(sheets.Figure, "savefig", lambda figure, *_args, **_more: drawn.append(figure))
+    pictures = np.repeat(scan.hu[:1], count, axis=0)
+    sheets.contact_sheet(tmp_path / "x.png", scan, pictures, pictures, "stroke", [0.5] * count)
+    (figure,) = drawn
+    heading = figure._suptitle.get_window_extent()
+    titles = max(axis.title.get_window_extent().y1 for axis in figure.axes)
+    assert titles < heading.y0 < heading.y1 <= figure.bbox.y1
