@@ -341,7 +341,7 @@ class Autoencoder(Denoiser):
     HU are clipped to the window and scaled to -1..1. What lies beyond it, dense bone, metal and padding, is
     added to the output again as it came, with its noise.
     Raises ValueError for another encoder, or a pool_size where there is no use for it.
-    An untrained network returns its input (within the window; not so baseline, and below 16 channels).
+    An untrained network returns its input, save baseline, and those of less than 16 channels.
     Source: "Anatomy-Aware CT Scan Denoising". New are that start; a ReLU after every strided layer of nafnet,
     without which its decoder would be linear behind the last block; no tanh at the end, which would bend air;
     and no batch norm, as what else is in a batch would decide about a slice's HU."""
@@ -401,7 +401,11 @@ def adopt_decoder(model: Autoencoder, teacher: Autoencoder) -> None:
     """Give a student its teacher's decoder, frozen. Raises ValueError if the two do not fit."""
     mine, theirs = model.decoder.state_dict(), teacher.decoder.state_dict()
     shapes, wanted = ({key: value.shape for key, value in state.items()} for state in (theirs, mine))
-    if shapes != wanted or model.window != teacher.window:
-        raise ValueError("teacher and student: must have the same encoder kind, width and window")
+    pools = [
+        [part.pool_size for part in one.decoder.modules() if isinstance(part, NAFBlock)]
+        for one in (teacher, model)
+    ]
+    if shapes != wanted or model.window != teacher.window or pools[0] != pools[1]:
+        raise ValueError("teacher and student: must have the same encoder kind, width, window and crop")
     model.decoder.load_state_dict(theirs)
     freeze(model.decoder)

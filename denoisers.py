@@ -171,7 +171,8 @@ def window_maxima(x: torch.Tensor, size: int) -> torch.Tensor:
     """The highest of each window of window_means, to the pixel: (B, C, h, w)."""
     for axis in (2, 3):
         side = x.shape[axis]
-        starts = torch.linspace(0, max(side - size, 0), _window_count(side, size)).round().int().tolist()
+        last, steps = max(side - size, 0), max(_window_count(side, size) - 1, 1)
+        starts = [round(last * step / steps) for step in range(_window_count(side, size))]
         parts = [x.narrow(axis, start, min(size, side)).amax(axis, keepdim=True) for start in starts]
         x = torch.cat(parts, dim=axis)
     return x

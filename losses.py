@@ -78,7 +78,8 @@ def reconstruction_loss(
     """L1 + alpha (1 - SSIM), both over the window (centre, width in HU): the first in units of half its
     width, as the networks of the anatomy-aware system see it.
 
-    It is the loss of the teacher, and a term of the student's. error: another loss in HU in place of L1."""
+    It is the loss of the teacher, and a term of the student's; as an objective by name it has the window of
+    2000 HU, whatever the network's. error: another loss in HU in place of L1."""
     similar = ssim(scaled(output, window), scaled(target, window))
     return error(output, target, mask) / (window[1] / 2) + alpha * (1 - similar)
 
@@ -251,8 +252,9 @@ class AnatomyAwareLoss(nn.Module):
         + g1 perceptual + w_d sum over four feature maps of MSE(f_s, f_t)
 
     all over the window (centre, width in HU) of the two networks as -1..1, save the perceptual term, whose
-    network has its own. A term of weight 0 is not computed. perceptual: a network of PERCEPTUAL. error: a
-    loss in HU that stands for L1.
+    network has its own. Beyond a narrow window the student passes on what comes, noise and all: that part of
+    SSIM, MS-SSIM and gradients stays what it is. A term of weight 0 is not computed. perceptual: a network of
+    PERCEPTUAL. error: a loss in HU that stands for L1.
     Raises ValueError if g1 is not 0 and there is none, or all weights are 0.
     Source: "Anatomy-Aware CT Scan Denoising"; it takes w_d 0.5 with RadImageNet, and alpha 0.2 for the
     Baseline AE."""

@@ -31,7 +31,7 @@ def tiled(
     counts for nothing, as it is near a border that the slice does not have, and the middle third leads
     smoothly from one to the other: but for rounding the result is that of the whole slice, where the network
     reaches no further than overlap / 3 pixels. A slice that fits in one tile is not cut. The attention of
-    NAFNet averages over pool_size pixels, that of CBAM over the whole tile: small tiles change what they see.
+    NAFNet and CBAM looks at pool_size pixels around each: smaller tiles change what it sees.
     Raises ValueError unless tile and overlap are multiples of TILE_GRID, and tile at least twice overlap."""
     overlap = tile // OVERLAP if overlap is None else overlap
     if overlap <= 0 or tile < 2 * overlap or tile % TILE_GRID or overlap % TILE_GRID:

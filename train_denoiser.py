@@ -232,8 +232,10 @@ def shape(args: argparse.Namespace, size: int) -> tuple[str, dict]:
     kwargs = preset | kwargs
     has_encoder = "encoder" in SHAPED_BY[model]
     kwargs.setdefault("window", list(AUTOENCODER_WINDOW if has_encoder else SOFT_WINDOW))
-    if kwargs["window"][1] <= 0:
-        raise stage.InputError(f"--window {_words(kwargs['window'])}: its width must be above 0 HU")
+    if not (math.isfinite(sum(kwargs["window"])) and kwargs["window"][1] > 0):
+        raise stage.InputError(
+            f"--window {_words(kwargs['window'])}: must be finite, and its width above 0 HU"
+        )
     if model == "unet":
         kwargs.setdefault("widths", WIDTHS)
     if model == "nafnet" or (has_encoder and AUTOENCODERS[kwargs.get("encoder", "nafnet")].pooling):
@@ -270,7 +272,7 @@ class Scored(NamedTuple):
 
 
 class Validation:
-    """Low-dose slices of a pack, each at one dose in turn, and what they are scored against."""
+    """Slices of a pack as a network sees them, each at one dose in turn, and what they are scored against."""
 
     def __init__(self, pack: Pack, scored: Scored):
         low_dose, self.reference = scored
@@ -419,9 +421,10 @@ def fit(
     if done is None:
         return None
     path, best = done
+    before = f" (noisy {metrics.shown(best['rmse_hu_noisy'], 2)} HU)" if best["rmse_hu_noisy"] else ""
     stage.say(
         f"{path}: epoch {best['epoch']}, validation RMSE inside the {anatomy.DEFAULT_MASK} "
-        f"{metrics.shown(best['rmse_hu'], 2)} HU (noisy {metrics.shown(best['rmse_hu_noisy'], 2)} HU)"
+        f"{metrics.shown(best['rmse_hu'], 2)} HU{before}"
     )
     return path
 
@@ -465,6 +468,10 @@ def train_student(args: argparse.Namespace, data: Data, device: torch.device) ->
     teacher, facts = load_denoiser(path, device)
     if facts["model"]["name"] != "autoencoder":
         raise stage.InputError(f"{path}: is a {facts['model']['name']}; --teacher needs an autoencoder")
+    if teacher.dose_aware or teacher.slices != 1:
+        raise stage.InputError(
+            f"{path}: a teacher sees one slice and no dose (train it without --dose-aware, --slices)"
+        )
     freeze(teacher)
 
     def loss_fn(network: training.Network, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -735,6 +735,7 @@ def run(
         **{name: facts[name] for name in ("dose_model", "doses", "size")},
         precision=str(options.precision),
         compile=options.compile,
+        network=facts["model"],
         train=train.key,
         val=val.key,
         parents={role: parent["sha256"] for role, parent in facts["parents"].items()},

@@ -99,6 +99,13 @@ def test_every_layer_of_an_autoencoder_learns_from_its_start(kind):
     assert not still
 
 
+@pytest.mark.parametrize("kind", autoencoders.AUTOENCODERS)
+def test_an_autoencoder_compiles_as_one_graph(kind):
+    model = network(f"student-{kind}-dose")
+    found = torch._dynamo.explain(model)(scan(model, 32, 32), sigmas(5, 20))
+    assert found.graph_break_count == 0, [reason.reason for reason in found.break_reasons]
+
+
 def test_autoencoder_refuses_an_unknown_encoder_and_an_idle_pool_size():
     with pytest.raises(ValueError, match="baseline, nafnet"):
         build_model("autoencoder", encoder="vit")
@@ -135,7 +142,7 @@ def test_a_student_trained_behind_its_teachers_decoder_leaves_it_bit_for_bit(kin
 
 def test_adopt_decoder_refuses_a_teacher_of_another_kind():
     student = build_model("student", width=4)
-    for other in ({"encoder": "resnet"}, {"width": 8}, {"window": [0.0, 1000.0]}):
+    for other in ({"encoder": "resnet"}, {"width": 8}, {"window": [0.0, 1000.0]}, {"pool_size": 64}):
         with pytest.raises(ValueError, match="same encoder kind"):
             autoencoders.adopt_decoder(student, build_model("autoencoder", **{"width": 4} | other))
 

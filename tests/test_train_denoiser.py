@@ -139,6 +139,36 @@ def test_student_refuses_a_teacher_that_is_none_or_does_not_fit(split_data, tmp_
         run(split_data, tmp_path, *words, "--teacher", tmp_path / "baseline.teacher.pt")
 
 
+@pytest.mark.parametrize("more", [["--dose-aware"], ["--slices", 3]], ids=["dose-aware", "2.5d"])
+def test_student_refuses_a_teacher_that_sees_more_than_a_slice(split_data, tmp_path, more):
+    run(
+        split_data,
+        tmp_path,
+        "--model",
+        "autoencoder",
+        "--encoder",
+        "resnet",
+        "--width",
+        4,
+        "--name",
+        "t",
+        *more,
+    )
+    words = ["--model", "student", "--width", 4, "--lam-perc", 0, "--encoder", "resnet"]
+    with pytest.raises(stage.InputError, match=r"t\.pt: a teacher sees one slice and no dose"):
+        run(split_data, tmp_path, *words, "--teacher", tmp_path / "t.pt")
+
+
+def test_resume_names_a_network_that_a_preset_now_shapes_otherwise(split_data, tmp_path, monkeypatch):
+    words = ["--model", "unet-cpu", "--resume"]
+    monkeypatch.setitem(train_denoiser.PRESETS, "unet-cpu", ("unet", {"widths": [4, 8]}))
+    run(split_data, tmp_path, *words)
+    run(split_data, tmp_path, *words)
+    monkeypatch.setitem(train_denoiser.PRESETS, "unet-cpu", ("unet", {"widths": [4, 12]}))
+    with pytest.raises(stage.InputError, match=r"was trained otherwise: network .*\[4, 8\].*\[4, 12\]"):
+        run(split_data, tmp_path, *words)
+
+
 def test_per_dose_trains_a_network_for_each_dose(split_data, tmp_path):
     run(split_data, tmp_path, "--widths", 4, 8, "--per-dose", "--doses", 5, 20, "--seeds", 1, 2)
     names = {path.name for path in tmp_path.glob("*.pt") if not path.name.endswith("last.pt")}
@@ -157,8 +187,10 @@ def test_per_dose_trains_a_network_for_each_dose(split_data, tmp_path):
         (["--teacher", "x.pt"], "--teacher: only for --model student"),
         (["--model", "student", "--loss", "mse"], "--loss mse: a student has other terms too"),
         (["--model", "student", "--bias-weight", 1], "--bias-weight: the student has no such term"),
-        (["--window", 40, 0], "--window 40 0: its width must be above 0 HU"),
-        (["--model", "student", "--lam-perc", 0, "--window", 40, -80], "--window 40 -80: its width"),
+        (["--window", 40, 0], "--window 40 0: must be finite, and its width above 0 HU"),
+        (["--window", 40, "nan"], "--window 40 nan: must be finite"),
+        (["--window", "inf", 80], "--window inf 80: must be finite"),
+        (["--model", "student", "--lam-perc", 0, "--window", 40, -80], "--window 40 -80: must be"),
         (["--bias-weight", 0], "--bias-weight"),
         (["--model", "student", "--teacher", "x.pt", "--epochs-teacher", 3], "--epochs-teacher"),
         (["--model", "student", "--lam-perc", 0, "--perceptual", "vgg19"], "--lam-perc 0"),
