@@ -239,6 +239,10 @@ def _wire(layer: nn.Conv2d | nn.ConvTranspose2d, wires: Sequence[_Wire]) -> None
         weight[wire.out, wire.source, *wire.tap] = wire.gain
 
 
+def _center(layer: nn.Conv2d) -> tuple[int, int]:
+    return layer.kernel_size[0] // 2, layer.kernel_size[1] // 2
+
+
 def _start_as_identity(
     head: nn.Conv2d,
     downs: Sequence[nn.Conv2d],
@@ -254,8 +258,8 @@ def _start_as_identity(
     IDENTITY_WIDTH are left as they are."""
     if head.out_channels < IDENTITY_WIDTH:
         return
-    middle, center = head.in_channels // 2, (head.kernel_size[0] // 2,) * 2
-    _wire(head, [_Wire(0, middle, center), _Wire(1, middle, center, -1.0)])
+    middle = head.in_channels // 2
+    _wire(head, [_Wire(0, middle, _center(head)), _Wire(1, middle, _center(head), -1.0)])
     for level, (down, up) in enumerate(zip(downs, reversed(ups), strict=True)):
         steps = [
             _Wire(2 * (4 * pixel + place) + sign, 2 * pixel + sign, tap)
@@ -266,10 +270,8 @@ def _start_as_identity(
         _wire(down, steps)
         _wire(up, [_Wire(step.source, step.out, step.tap) for step in steps])
     for layer, levels in passing:
-        center = (layer.kernel_size[0] // 2,) * 2
-        _wire(layer, [_Wire(channel, channel, center) for channel in range(2 * 4**levels)])
-    center = (end.kernel_size[0] // 2,) * 2
-    _wire(end, [_Wire(0, 0, center), _Wire(0, 1, center, -1.0)])
+        _wire(layer, [_Wire(channel, channel, _center(layer)) for channel in range(2 * 4**levels)])
+    _wire(end, [_Wire(0, 0, _center(end)), _Wire(0, 1, _center(end), -1.0)])
 
 
 def _start_pairs(encoder: _PairEncoder, decoder: _PairDecoder) -> None:
